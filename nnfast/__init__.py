@@ -1,0 +1,9 @@
+"""Drop-in PyTorch modules on Triton, CUDA and vectorised CPU kernels: same, never slower, never silent."""
+
+from . import functional
+from .activation.module import Mish, SiLU, Swish
+from .core.op import BackendError, Explanation, backend, explain
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendError", "Explanation", "Mish", "SiLU", "Swish", "backend", "explain", "functional"]

@@ -1,0 +1,1 @@
+"""Swish (SiLU) and Mish."""

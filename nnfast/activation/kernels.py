@@ -1,0 +1,103 @@
+"""Swish and Mish in Triton: one pass forward, one backward, over the flat memory of dense tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.triton import cast, exp, tl, triton
+from ..core.tuning import pointwise_config
+
+
+@triton.jit
+def _silu(x, PRECISE: tl.constexpr):
+    return x / (1.0 + exp(-x, PRECISE))
+
+
+@triton.jit
+def _silu_backward(grad, x, PRECISE: tl.constexpr):
+    s = 1.0 / (1.0 + exp(-x, PRECISE))
+    return grad * (s * (1.0 + x * (1.0 - s)))
+
+
+@triton.jit
+def _mish(x, PRECISE: tl.constexpr):
+    # tanh(log(1 + n)) = w / (w + 2) with n = e**x, w = n * (n + 2); it is 1 beyond x = 20
+    n = exp(tl.where(x > 20.0, 20.0, x), PRECISE)
+    w = n * (n + 2.0)
+    return x * (w / (w + 2.0))
+
+
+@triton.jit
+def _mish_backward(grad, x, PRECISE: tl.constexpr):
+    c = tl.where(x > 20.0, 20.0, x)
+    n = exp(c, PRECISE)
+    w = n * (n + 2.0)
+    r = 1.0 / (w + 2.0)
+    return grad * (r * (w + 4.0 * c * n * (n + 1.0) * r))
+
+
+@triton.jit
+def forward_kernel(x_ptr, y_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """y = activation(x); x, y: (size,)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    x = tl.load(x_ptr + offsets, mask=mask)
+    PRECISE: tl.constexpr = x.dtype == tl.float32
+    wide = x if x.dtype == tl.float64 else x.to(tl.float32)
+    y = _mish(wide, PRECISE) if ACTIVATION == "mish" else _silu(wide, PRECISE)
+    tl.store(y_ptr + offsets, cast(y, x.dtype), mask=mask)
+
+
+@triton.jit
+def backward_kernel(grad_ptr, x_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """out = grad * activation'(x); grad, x, out: (size,)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    x = tl.load(x_ptr + offsets, mask=mask)
+    grad = tl.load(grad_ptr + offsets, mask=mask)
+    PRECISE: tl.constexpr = x.dtype == tl.float32
+    wide = x if x.dtype == tl.float64 else x.to(tl.float32)
+    wide_grad = grad if x.dtype == tl.float64 else grad.to(tl.float32)
+    if ACTIVATION == "mish":
+        out = _mish_backward(wide_grad, wide, PRECISE)
+    else:
+        out = _silu_backward(wide_grad, wide, PRECISE)
+    tl.store(out_ptr + offsets, cast(out, x.dtype), mask=mask)
+
+
+def _launch(kernel: triton.JITFunction, activation: str, *tensors: Tensor) -> None:
+    """Run a kernel over tensors of one dense layout."""
+    size = tensors[0].numel()
+    if size:
+        config = pointwise_config(tensors[0].element_size())
+        grid = (triton.cdiv(size, config.block),)
+        with torch.accelerator.device_index(tensors[0].device.index):
+            kernel[grid](*tensors, size, ACTIVATION=activation, BLOCK=config.block, num_warps=config.num_warps)
+
+
+def forward(activation: str, x: Tensor) -> Tensor:
+    """activation(x); x of any shape and strides, the result as torch lays it out."""
+    y = torch.empty_like(x)
+    source = x if x.stride() == y.stride() else y.copy_(x)
+    _launch(forward_kernel, activation, source, y)
+    return y
+
+
+def forward_(activation: str, x: Tensor) -> None:
+    """x = activation(x), in place."""
+    y = torch.empty_like(x)
+    if x.stride() == y.stride():
+        _launch(forward_kernel, activation, x, x)
+    else:
+        x.copy_(forward(activation, x))
+
+
+def backward(activation: str, grad: Tensor, x: Tensor) -> Tensor:
+    """grad * activation'(x), laid out as x; grad of x's shape and any strides."""
+    out = torch.empty_like(x)
+    strides = out.stride()
+    source = x if x.stride() == strides else torch.empty_like(x).copy_(x)
+    source_grad = grad if grad.stride() == strides else out.copy_(grad)
+    _launch(backward_kernel, activation, source_grad, source, out)
+    return out

@@ -1,0 +1,91 @@
+"""Swish, SiLU and Mish as modules and as functions: drop-ins for torch.nn's."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .op import MISH, SILU, activate
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """SiLU, also called Swish: input * sigmoid(input), elementwise.
+
+    Args:
+        input: any shape and strides; float64, float32, float16, bfloat16, or complex.
+        inplace: write the result into `input` and return it.
+
+    Returns:
+        A tensor of input's shape and dtype, laid out in memory as `torch.nn.functional.silu` lays it out.
+
+    Raises:
+        TypeError: if input is not a tensor.
+        NotImplementedError: for an integer or boolean dtype.
+        RuntimeError: in place on a leaf that requires grad.
+        BackendError: if a forced backend cannot serve.
+
+    Source: Ramachandran et al. 2017, arXiv:1710.05941; Elfwing et al. 2017, arXiv:1702.03118.
+    """
+    return activate(SILU, F.silu, input, inplace)
+
+
+def swish(input: Tensor, inplace: bool = False) -> Tensor:
+    """Swish with beta = 1: the same function as `silu`."""
+    return activate(SILU, F.silu, input, inplace)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """Mish: input * tanh(softplus(input)), elementwise.
+
+    Args:
+        input: any shape and strides; float64, float32, float16 or bfloat16.
+        inplace: write the result into `input` and return it.
+
+    Returns:
+        A tensor of input's shape and dtype, laid out in memory as `torch.nn.functional.mish` lays it out.
+
+    Raises:
+        TypeError: if input is not a tensor.
+        NotImplementedError: for a complex, integer or boolean dtype.
+        RuntimeError: in place on a leaf that requires grad.
+        BackendError: if a forced backend cannot serve.
+
+    Source: Misra 2019, arXiv:1908.08681.
+    """
+    return activate(MISH, F.mish, input, inplace)
+
+
+class SiLU(nn.SiLU):
+    """Drop-in for `torch.nn.SiLU`: input * sigmoid(input). Input and output: any shape.
+
+    Args:
+        inplace: overwrite the input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `nnfast.functional.silu`."""
+        return activate(SILU, F.silu, input, self.inplace)
+
+
+class Swish(SiLU):
+    """Swish with beta = 1, by its first name: `SiLU`. Input and output: any shape.
+
+    Args:
+        inplace: overwrite the input.
+    """
+
+
+class Mish(nn.Mish):
+    """Drop-in for `torch.nn.Mish`: input * tanh(softplus(input)). Input and output: any shape.
+
+    Args:
+        inplace: overwrite the input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `nnfast.functional.mish`."""
+        return activate(MISH, F.mish, input, self.inplace)
+
+
+for _served, _op in ((silu, SILU), (swish, SILU), (mish, MISH), (SiLU, SILU), (Mish, MISH)):
+    _served.nnfast_op = _op.name  # type: ignore[attr-defined]

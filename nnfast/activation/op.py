@@ -1,0 +1,284 @@
+"""The activations as operations: schemas, fakes, autograd, and who can serve.
+
+Of each activation there are three opaque operators, and the same again as overload `triton`:
+
+    nnfast::silu(Tensor x) -> Tensor
+    nnfast::silu_(Tensor(a!) x) -> ()                        in place
+    nnfast::silu_backward(Tensor grad, Tensor x) -> Tensor   gradient with respect to x
+
+They are not differentiable themselves; `SILU` and `MISH`, which choose among them, are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..core import extension, tuning
+from ..core.op import Backend, Op, forced, triton_why_not
+from . import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What our kernels take; torch's own also takes complex numbers for silu."""
+
+_library = torch.library.Library("nnfast", "DEF")
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The three operators of one activation on one backend, and its differentiable derivative."""
+
+    forward: Callable[[Tensor], Tensor]
+    forward_: Callable[[Tensor], None]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    reference_backward: Callable[[Tensor, Tensor], Tensor]
+
+    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """grad * activation'(x): by the kernel, or differentiable where that is asked for."""
+        differentiable = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
+        if differentiable or _transformed():
+            return self.reference_backward(grad, x)
+        return self.backward(grad, x)
+
+
+def _transformed() -> bool:
+    """A torch.func transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class _Activate(torch.autograd.Function):
+    """y = activation(x). Saves x alone."""
+
+    @staticmethod
+    def forward(x: Tensor, kernels: _Kernels) -> Tensor:
+        return kernels.forward(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Kernels], output: Tensor) -> None:
+        x, ctx.kernels = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.kernels.gradient(grad, x), None
+
+
+class _ActivateTransformed(_Activate):
+    """The same under torch.func transforms and forward-mode differentiation."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Kernels], output: Tensor) -> None:
+        _Activate.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return ctx.kernels.reference_backward(tangent, x)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, kernels: _Kernels) -> tuple[Tensor, int]:
+        return _ActivateTransformed.apply(x, kernels), in_dims[0]
+
+
+class _ActivateInPlace(torch.autograd.Function):
+    """x = activation(x). Saves a copy of the x that is overwritten, as torch does."""
+
+    @staticmethod
+    def forward(x: Tensor, kernels: _Kernels) -> tuple[Tensor, Tensor]:
+        original = x.clone()
+        kernels.forward_(x)
+        return x, original
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Kernels], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.kernels = inputs
+        ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (original,) = ctx.saved_tensors
+        return ctx.kernels.gradient(grad, original), None
+
+
+def _run(kernels: _Kernels, x: Tensor, inplace: bool = False) -> Tensor:
+    differentiate = x.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        if differentiate:
+            result: Tensor = _ActivateInPlace.apply(x, kernels)[0]
+            return result
+        kernels.forward_(x)
+        torch.autograd.graph.increment_version(x)
+        return x
+    if _transformed():
+        result = _ActivateTransformed.apply(x, kernels)
+        return result
+    if differentiate:
+        result = _Activate.apply(x, kernels)
+        return result
+    return kernels.forward(x)
+
+
+def _run_reference(formula: Callable[[Tensor], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+    return x.copy_(formula(x.clone())) if inplace else formula(x)
+
+
+def _run_aten(function: Callable[..., Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+    return function(x, inplace=inplace)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
+
+
+def _kernel_why_not(x: Tensor, inplace: bool) -> list[str]:
+    """What none of our kernels takes."""
+    reasons = []
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        reasons.append(f"x is a {type(x).__name__}; our kernels take plain tensors")
+    if x.layout is not torch.strided:
+        reasons.append(f"x has layout {x.layout}; our kernels take torch.strided")
+    if x.dtype not in DTYPES:
+        reasons.append(f"x has dtype {x.dtype}; our kernels take {', '.join(map(str, DTYPES))}")
+    if inplace and not reasons:
+        if not _dense(x):
+            reasons.append("in place on a view with gaps or overlaps")
+        if _transformed():
+            reasons.append("in place under a torch.func transform or forward-mode differentiation")
+        elif x._is_view() and x.requires_grad and torch.is_grad_enabled():
+            reasons.append("in place on a view that requires grad")
+    return reasons
+
+
+def _not_worth(name: str, backend: str, x: Tensor, inplace: bool = False) -> list[str]:
+    reasons = []
+    grad = x.requires_grad and torch.is_grad_enabled()
+    least = tuning.threshold(name, backend, grad)
+    if least == tuning.NEVER:
+        reasons.append("not measured to be faster than torch's own kernel")
+    elif x.numel() < least:
+        mode = "with" if grad else "without"
+        reasons.append(f"{x.numel()} elements; measured to pay from {least} on {mode} autograd")
+    if not inplace and not _dense(x):
+        reasons.append("x has gaps or overlaps: torch's own kernel reads it in one pass, ours after a copy")
+    return reasons
+
+
+def _library_why_not(name: str, device: str, x: Tensor, inplace: bool = False) -> list[str]:
+    reasons = []
+    if x.device.type != device:
+        reasons.append(f"x is on {x.device}; this backend needs {device}")
+    if missing := extension.why_not(name, device.upper()):
+        reasons.append(missing)
+    return reasons + _kernel_why_not(x, inplace)
+
+
+def _triton_why_not(x: Tensor, inplace: bool = False) -> list[str]:
+    missing = triton_why_not(x.device.type)
+    return [missing] * bool(missing) + _kernel_why_not(x, inplace)
+
+
+def _triton_not_worth(name: str, x: Tensor, inplace: bool = False) -> list[str]:
+    if x.is_cpu:
+        return ["interpreted: for tests, not for speed"]
+    return _not_worth(name, "triton", x, inplace)
+
+
+def _aten_why_not(name: str, x: Tensor, inplace: bool = False) -> list[str]:
+    if x.is_floating_point() or (x.is_complex() and name == "silu"):
+        return []
+    return [f"x has dtype {x.dtype}; {name} needs a floating-point{' or complex' * (name == 'silu')} one"]
+
+
+def _define(name: str) -> None:
+    """Schemas, the reference as fallback of every device, Triton for GPUs, and fakes."""
+    for overload in ("", ".triton"):
+        _library.define(f"{name}{overload}(Tensor x) -> Tensor")
+        _library.define(f"{name}_{overload}(Tensor(a!) x) -> ()")
+        _library.define(f"{name}_backward{overload}(Tensor grad, Tensor x) -> Tensor")
+    formula, derivative = getattr(reference, name), getattr(reference, f"{name}_backward")
+
+    def fallback_(x: Tensor) -> None:
+        x.copy_(formula(x))
+
+    for operator, implementation in ((name, formula), (f"{name}_", fallback_), (f"{name}_backward", derivative)):
+        _library.impl(operator, implementation, "CompositeExplicitAutograd")
+
+    def call(function: str, *tensors: Tensor) -> Any:
+        if missing := triton_why_not(tensors[0].device.type):
+            raise RuntimeError(f"nnfast::{name}.triton: {missing}")
+        from . import kernels  # imports triton
+
+        return getattr(kernels, function)(name, *tensors)
+
+    for device in ("CUDA", "CPU"):
+        _library.impl(f"{name}.triton", partial(call, "forward"), device)
+        _library.impl(f"{name}_.triton", partial(call, "forward_"), device)
+        _library.impl(f"{name}_backward.triton", partial(call, "backward"), device)
+
+    for overload in ("", ".triton"):
+        torch.library.register_fake(f"nnfast::{name}{overload}", torch.empty_like, lib=_library)
+        torch.library.register_fake(f"nnfast::{name}_{overload}", lambda x: None, lib=_library)
+        torch.library.register_fake(
+            f"nnfast::{name}_backward{overload}", lambda grad, x: torch.empty_like(x), lib=_library
+        )
+
+
+def _make(name: str, torchs: Callable[..., Tensor]) -> Op:
+    _define(name)
+
+    def kernels(overload: str) -> _Kernels:
+        operators = [getattr(getattr(torch.ops.nnfast, name + part), overload) for part in ("", "_", "_backward")]
+        return _Kernels(*operators, getattr(reference, f"{name}_backward"))
+
+    compiled = partial(_run, kernels("default"))
+    return Op(
+        name,
+        [
+            Backend("cuda", compiled, partial(_library_why_not, name, "cuda"), partial(_not_worth, name, "cuda")),
+            Backend("triton", partial(_run, kernels("triton")), _triton_why_not, partial(_triton_not_worth, name)),
+            Backend("cpu", compiled, partial(_library_why_not, name, "cpu"), partial(_not_worth, name, "cpu")),
+            Backend("aten", partial(_run_aten, torchs), partial(_aten_why_not, name)),
+            Backend("reference", partial(_run_reference, getattr(reference, name)), partial(_aten_why_not, name)),
+        ],
+    )
+
+
+SILU = _make("silu", F.silu)
+MISH = _make("mish", F.mish)
+_LEAST = {SILU: tuning.smallest("silu"), MISH: tuning.smallest("mish")}
+
+
+def activate(op: Op, torchs: Callable[..., Tensor], x: Tensor, inplace: bool) -> Tensor:
+    """Check the arguments and let the chosen backend run; `torchs` is torch's own function.
+
+    Small tensors, subclasses and torch.compile take torch's own at once; `op.explain` gives the same answer
+    with its reasons.
+    """
+    plain = type(x) is Tensor
+    if forced() is None and (torch.compiler.is_compiling() or (plain and x.numel() < _LEAST[op])):
+        return torchs(x, inplace)
+    if not plain:
+        if torch.overrides.has_torch_function_unary(x):
+            return torchs(x, inplace)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"nnfast.{op.name}: x is a {type(x).__name__}; it needs a torch.Tensor")
+    if reasons := _aten_why_not(op.name, x):
+        raise NotImplementedError(f"nnfast.{op.name}: {reasons[0]}")
+    if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"nnfast.{op.name}: x is a leaf that requires grad, so it cannot be changed in place; "
+            "pass inplace=False, or a tensor computed from it"
+        )
+    result: Tensor = op(x, inplace=True) if inplace else op(x)
+    return result

@@ -1,0 +1,243 @@
+"""Operations and their backends: who serves a call, and why the others do not.
+
+An `Op` is a name and an ordered list of `Backend`s. The first backend without a reason against it serves.
+`nnfast.backend(name)` or the variable NNFAST_BACKEND force one; a forced backend serves or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "aten", "reference")
+"""Every backend name: our C++/CUDA, Triton and C++ CPU kernels, torch's own kernel, plain PyTorch."""
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve a call; the message holds every reason."""
+
+
+def _check_name(name: object, source: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+
+
+_default = os.environ.get("NNFAST_BACKEND") or None
+if _default is not None:
+    _check_name(_default, "NNFAST_BACKEND")
+
+_forced: ContextVar[str | None] = ContextVar("nnfast_backend", default=_default)
+
+# torch.compile cannot read a ContextVar, but it guards on a module global and recompiles when that changes.
+_forced_in_compile: str | None = _default
+
+
+def forced() -> str | None:
+    """Name of the backend forced here, or None."""
+    if torch.compiler.is_compiling():
+        return _forced_in_compile
+    return _forced.get()
+
+
+class backend(ContextDecorator):  # noqa: N801 - used as a function
+    """Force one backend for every nnfast operation inside a `with` block; blocks nest.
+
+    The choice belongs to the current thread (or asyncio task). Compiled functions read one choice for the
+    process: the innermost block entered last.
+
+    Args:
+        name: "cuda", "triton", "cpu", "aten" or "reference".
+
+    Raises:
+        ValueError: for an unknown name.
+        BackendError: by an operation inside the block that this backend cannot serve.
+    """
+
+    def __init__(self, name: str) -> None:
+        _check_name(name, "nnfast.backend")
+        self.name = name
+        self._entered: list[tuple[Token[str | None], str | None]] = []
+
+    def __enter__(self) -> backend:
+        global _forced_in_compile
+        self._entered.append((_forced.set(self.name), _forced_in_compile))
+        _forced_in_compile = self.name
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _forced_in_compile
+        token, _forced_in_compile = self._entered.pop()
+        _forced.reset(token)
+
+    def _recreate_cm(self) -> backend:
+        return backend(self.name)
+
+
+def _none(*_: Any, **__: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operation.
+
+    Attributes:
+        name: one of `BACKENDS`.
+        run: takes the operation's arguments, returns its result, differentiable.
+        why_not: takes the same arguments; every reason why this backend cannot serve them, or [].
+        not_worth: takes the same arguments; every reason why another backend is the better choice, or [].
+            A forced backend serves in spite of these.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., list[str]] = _none
+    not_worth: Callable[..., list[str]] = _none
+
+
+OPS: dict[str, Op] = {}
+"""Every operation by name."""
+
+
+class Op:
+    """A named operation with its backends, best first. The last one must be able to serve anything valid."""
+
+    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        OPS[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.choose(*args, **kwargs).run(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Op({self.name!r}, [{', '.join(b.name for b in self.backends)}])"
+
+    def choose(self, *args: Any, **kwargs: Any) -> Backend:
+        """The backend that serves a call.
+
+        Raises:
+            BackendError: if the forced backend cannot, or none can.
+        """
+        name = forced()
+        for candidate in self.backends:
+            if name is not None:
+                if candidate.name == name and not candidate.why_not(*args, **kwargs):
+                    return candidate
+            elif not candidate.why_not(*args, **kwargs) and not candidate.not_worth(*args, **kwargs):
+                return candidate
+        raise BackendError(self._refusal(name, *args, **kwargs))
+
+    def _refusal(self, name: str | None, *args: Any, **kwargs: Any) -> str:
+        reasons = {b.name: b.why_not(*args, **kwargs) for b in self.backends if name in (None, b.name)}
+        if name is not None and name not in reasons:
+            reasons[name] = [f"{self.name} has no such backend; it has {', '.join(b.name for b in self.backends)}"]
+        what = f"backend {name!r} is forced and cannot serve" if name else "no backend can serve"
+        lines = [f"  {key}: {reason}" for key, found in reasons.items() for reason in found]
+        return "\n".join([f"nnfast.{self.name}: {what} {_describe(args, kwargs)}", *lines])
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Who would serve this call, and why the others would not. Runs nothing, raises nothing."""
+        name = forced()
+        chosen: str | None = None
+        reasons: dict[str, list[str]] = {}
+        for b in self.backends:
+            found = b.why_not(*args, **kwargs)
+            if name is None:
+                found = found or b.not_worth(*args, **kwargs)
+            elif b.name != name:
+                found = [*found, f"{name!r} is forced"]
+            if not found and chosen is None:
+                chosen = b.name
+            elif not found:
+                found = [f"{chosen!r} comes first"]
+            reasons[b.name] = found
+        return Explanation(self.name, chosen, reasons, name, _describe(args, kwargs))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found.
+
+    Attributes:
+        op: the operation's name.
+        backend: the name of the backend that serves the call; None if none can.
+        reasons: for each backend every reason why it does not serve; [] for the one that does.
+        forced: the forced backend's name, or None.
+        arguments: the call in words.
+    """
+
+    op: str
+    backend: str | None
+    reasons: dict[str, list[str]]
+    forced: str | None
+    arguments: str
+
+    def __str__(self) -> str:
+        serves = f"served by {self.backend}" if self.backend else "served by none"
+        lines = [f"nnfast.{self.op}{self.arguments}: {serves}"]
+        for name, reasons in self.reasons.items():
+            lines.append(f"  {name:<10}{'serves' if name == self.backend else '; '.join(reasons)}")
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Name the backend that serves a call and, for each other one, every reason why it does not.
+
+    Args:
+        op: an operation's name ("mish"), a function of `nnfast.functional`, or one of nnfast's modules.
+        *args: the arguments of the call.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        An `Explanation` with `.backend` and `.reasons`; print it to read it.
+
+    Raises:
+        ValueError: if there is no such operation.
+    """
+    name = op if isinstance(op, str) else getattr(op, "nnfast_op", None)
+    if name not in OPS:
+        raise ValueError(f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}")
+    return OPS[name].explain(*args, **kwargs)
+
+
+def _describe(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """The arguments of a call in words: `(float32[8, 128] on cpu, inplace=True)`."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+        return repr(value)
+
+    return f"({', '.join([*map(word, args), *(f'{key}={word(value)}' for key, value in kwargs.items())])})"
+
+
+@functools.cache
+def _triton() -> tuple[ModuleType | None, str]:
+    """`core.triton`, imported at the first call, or why it cannot be."""
+    try:
+        return importlib.import_module("nnfast.core.triton"), ""
+    except Exception as error:  # a broken triton may raise anything; nnfast must live on
+        return None, f"triton cannot be imported: {type(error).__name__}: {error}"
+
+
+def triton_why_not(device: str) -> str:
+    """Why Triton kernels cannot run on a type of device ("cuda", "cpu"); "" if they can."""
+    module, missing = _triton()
+    if module is None:
+        return missing
+    if device == "cuda" or (device == "cpu" and module.INTERPRETED):
+        return ""
+    return f"x is on {device}; Triton needs a GPU (or TRITON_INTERPRET=1 and cpu tensors, for tests)"
+
+
+triton_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined] # imports; no tensor in or out

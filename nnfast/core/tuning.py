@@ -1,0 +1,58 @@
+"""Measured numbers that decide who serves, and how kernels are launched. All of them are here.
+
+`python -m benchmarks.thresholds` measures them again.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+NEVER = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Fewest elements from which a backend beats torch's own kernel, without and with autograd."""
+
+    no_grad: int
+    grad: int
+
+
+# (op, backend) -> Threshold. A pair that is not listed is never worth it unless forced.
+THRESHOLDS: dict[tuple[str, str], Threshold] = {
+    ("silu", "cpu"): Threshold(no_grad=1 << 20, grad=1 << 20),
+    ("mish", "cpu"): Threshold(no_grad=1 << 9, grad=1 << 12),
+    ("silu", "cuda"): Threshold(no_grad=1 << 24, grad=1 << 24),
+    ("mish", "cuda"): Threshold(no_grad=1 << 22, grad=1 << 22),
+    ("silu", "triton"): Threshold(no_grad=NEVER, grad=NEVER),
+    ("mish", "triton"): Threshold(no_grad=1 << 24, grad=1 << 24),
+}
+
+
+def threshold(op: str, backend: str, grad: bool) -> int:
+    """Fewest elements from which `backend` is worth choosing for `op`."""
+    found = THRESHOLDS.get((op, backend))
+    return NEVER if found is None else found.grad if grad else found.no_grad
+
+
+def smallest(op: str) -> int:
+    """Fewest elements for which any backend but torch's own is worth choosing."""
+    return min((min(t.no_grad, t.grad) for (name, _), t in THRESHOLDS.items() if name == op), default=NEVER)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a Triton kernel is launched: elements a program handles, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+# Bytes of an element -> Config: four 16-byte accesses a thread, 128 threads.
+_POINTWISE = {2: Config(4096, 4), 4: Config(2048, 4), 8: Config(1024, 4)}
+
+
+def pointwise_config(element_size: int) -> Config:
+    """Launch configuration of elementwise kernels."""
+    return _POINTWISE[element_size]
