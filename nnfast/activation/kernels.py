@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.triton import cast, exp, tl, triton
+from ..core.triton import exp, tl, triton
 from ..core.tuning import pointwise_config
 
 
@@ -46,7 +46,7 @@ def forward_kernel(x_ptr, y_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.const
     PRECISE: tl.constexpr = x.dtype == tl.float32
     wide = x if x.dtype == tl.float64 else x.to(tl.float32)
     y = _mish(wide, PRECISE) if ACTIVATION == "mish" else _silu(wide, PRECISE)
-    tl.store(y_ptr + offsets, cast(y, x.dtype), mask=mask)
+    tl.store(y_ptr + offsets, y.to(x.dtype), mask=mask)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def backward_kernel(grad_ptr, x_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BL
         out = _mish_backward(wide_grad, wide, PRECISE)
     else:
         out = _silu_backward(wide_grad, wide, PRECISE)
-    tl.store(out_ptr + offsets, cast(out, x.dtype), mask=mask)
+    tl.store(out_ptr + offsets, out.to(x.dtype), mask=mask)
 
 
 def _launch(kernel: triton.JITFunction, activation: str, *tensors: Tensor) -> None:

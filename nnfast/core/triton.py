@@ -31,12 +31,3 @@ def exp(x, PRECISE: tl.constexpr):
         return exp_accurate(x)
     else:
         return tl.exp(x)
-
-
-@triton.jit
-def cast(x, dtype: tl.constexpr):
-    """x in another float type, rounded to nearest even (the interpreter truncates unless told)."""
-    if dtype.primitive_bitwidth < x.dtype.primitive_bitwidth:
-        return x.to(dtype, fp_downcast_rounding="rtne")
-    else:
-        return x.to(dtype)
