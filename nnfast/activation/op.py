@@ -90,32 +90,33 @@ class _ActivateTransformed(_Activate):
 
 
 class _ActivateInPlace(torch.autograd.Function):
-    """x = activation(x). Saves a copy of the x that is overwritten, as torch does."""
+    """x = activation(x). Saves a copy of the x that is overwritten, as torch does.
+
+    The copy is made outside, with autograd, so that double backward finds its way through it.
+    """
 
     @staticmethod
-    def forward(x: Tensor, kernels: _Kernels) -> tuple[Tensor, Tensor]:
-        original = x.clone()
+    def forward(x: Tensor, original: Tensor, kernels: _Kernels) -> Tensor:
         kernels.forward_(x)
-        return x, original
+        return x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Kernels], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.kernels = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Kernels], output: Tensor) -> None:
+        x, original, ctx.kernels = inputs
         ctx.mark_dirty(x)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(original)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (original,) = ctx.saved_tensors
-        return ctx.kernels.gradient(grad, original), None
+        return ctx.kernels.gradient(grad, original), None, None
 
 
 def _run(kernels: _Kernels, x: Tensor, inplace: bool = False) -> Tensor:
     differentiate = x.requires_grad and torch.is_grad_enabled()
     if inplace:
         if differentiate:
-            result: Tensor = _ActivateInPlace.apply(x, kernels)[0]
+            result: Tensor = _ActivateInPlace.apply(x, x.clone(), kernels)
             return result
         kernels.forward_(x)
         torch.autograd.graph.increment_version(x)
