@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar, Token
@@ -37,8 +38,11 @@ if _default is not None:
 
 _forced: ContextVar[str | None] = ContextVar("nnfast_backend", default=_default)
 
-# torch.compile cannot read a ContextVar, but it guards on a module global and recompiles when that changes.
+# torch.compile cannot read a ContextVar, but it guards on a module global and recompiles when that changes:
+# the block entered last of those open in any thread.
 _forced_in_compile: str | None = _default
+_open: list[tuple[Token[str | None], str]] = []
+_open_lock = threading.Lock()
 
 
 def forced() -> str | None:
@@ -51,8 +55,8 @@ def forced() -> str | None:
 class backend(ContextDecorator):  # noqa: N801 - used as a function
     """Force one backend for every nnfast operation inside a `with` block; blocks nest.
 
-    The choice belongs to the current thread (or asyncio task). Compiled functions read one choice for the
-    process: the innermost block entered last.
+    The choice belongs to the current thread (or asyncio task). torch.compile reads one choice for the whole
+    process: the block entered last, in any thread.
 
     Args:
         name: "cuda", "triton", "cpu", "aten" or "reference".
@@ -65,18 +69,25 @@ class backend(ContextDecorator):  # noqa: N801 - used as a function
     def __init__(self, name: str) -> None:
         _check_name(name, "nnfast.backend")
         self.name = name
-        self._entered: list[tuple[Token[str | None], str | None]] = []
+        self._entered: list[tuple[Token[str | None], str]] = []
 
     def __enter__(self) -> backend:
-        global _forced_in_compile
-        self._entered.append((_forced.set(self.name), _forced_in_compile))
-        _forced_in_compile = self.name
+        entry = (_forced.set(self.name), self.name)
+        self._entered.append(entry)
+        self._update(_open.append, entry)
         return self
 
     def __exit__(self, *_: object) -> None:
+        entry = self._entered.pop()
+        self._update(_open.remove, entry)
+        _forced.reset(entry[0])
+
+    @staticmethod
+    def _update(change: Callable[[tuple[Token[str | None], str]], None], entry: tuple[Token[str | None], str]) -> None:
         global _forced_in_compile
-        token, _forced_in_compile = self._entered.pop()
-        _forced.reset(token)
+        with _open_lock:
+            change(entry)
+            _forced_in_compile = _open[-1][1] if _open else _default
 
     def _recreate_cm(self) -> backend:
         return backend(self.name)

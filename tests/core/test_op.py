@@ -93,6 +93,7 @@ def test_the_choice_stays_in_its_thread():
         checked.set()
         thread.join()
         assert (core.forced(), seen) == ("aten", ["reference"])
+    assert core._forced_in_compile is None  # though the blocks were left in the order they were entered
 
 
 def test_unknown_name():
