@@ -1,0 +1,1 @@
+"""`pytest benchmarks`: every operation against the seed formulation, torch's own, torch.compile, and peers."""

@@ -1,0 +1,121 @@
+"""Tables and plots from the committed result lines: `python -m benchmarks.report`.
+
+Writes benchmarks/results/README.md, a plot beside each results file, and the tables between the markers of
+the project's README. A figure whose kernels have changed since it was measured is marked stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.runner import ROOT, Result, human, load, table
+
+FOLDER = ROOT / "benchmarks/results"
+MARKERS = r"(<!-- results:{name} -->\n).*?(<!-- /results -->)"
+CONTENDERS = {"seed": "#b0b7c3", "torch": "#5b7db1", "compile": "#8d6cab"}
+README_SIZES = (2**10, 2**22, 2**28)
+README_DTYPES = ("float32", "bfloat16")
+
+
+def heading(results: Sequence[Result]) -> str:
+    """Where and when the figures of a file come from."""
+    first = results[0]
+    facts = first.machine
+    parts = [facts["device"], f"torch {facts['torch']}", f"triton {facts['triton'] or 'none'}"]
+    parts += [f"driver {facts['driver']}"] * bool(facts["driver"])
+    parts += [f"{facts['threads']} threads"] * bool(facts["threads"])
+    copy, product = (first.limits[key] for key in ("copy_bytes_per_s", "matmul_flop_per_s"))
+    return (
+        f"{', '.join(parts)}. Copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.3g} TFLOP/s, measured in "
+        f"the same run. Commit {first.commit}, {first.date}."
+    )
+
+
+def selected(results: Sequence[Result]) -> list[Result]:
+    """The few rows that the project's README shows."""
+    return [r for r in results if r.numel in README_SIZES and r.dtype in README_DTYPES]
+
+
+def short_table(results: Sequence[Result]) -> str:
+    """For the README: time, and how many times longer the others take."""
+    lines = ["| | served by | time | GB/s (of copy) | seed formulation | torch | torch.compile |", "|---|---|---|---|---|---|---|"]
+    for r in selected(results):
+        ratios = " | ".join(f"{r.ratio(name):.2f}x" for name in CONTENDERS)
+        stale = " (stale)" if r.stale else ""
+        time = human(r.seconds["nnfast"])
+        lines.append(f"| {r.case}{stale} | {r.backend} | {time} | {r.bandwidth / 1e9:.1f} ({r.share:.0%}) | {ratios} |")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """How many times longer the others take, over the number of elements: one panel an op, direction, dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ops = sorted({r.op for r in results})
+    columns = [(d, t) for d in ("forward", "forward+backward") for t in README_DTYPES]
+    figure, panels = plt.subplots(
+        len(ops), len(columns), figsize=(3.6 * len(columns), 3 * len(ops)), squeeze=False, sharey="row", layout="constrained"
+    )
+    for row, op in zip(panels, ops, strict=True):
+        for panel, (direction, dtype) in zip(row, columns, strict=True):
+            found = sorted((r for r in results if (r.op, r.direction, r.dtype) == (op, direction, dtype)), key=lambda r: r.numel)
+            for name, colour in CONTENDERS.items():
+                panel.plot([r.numel for r in found], [r.ratio(name) for r in found], "o-", ms=4, color=colour, label=name)
+            panel.axhline(1, color="black", lw=1, label="nnfast")
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log", base=2)
+            panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
+            panel.set_title(f"{op} {direction}, {dtype}", fontsize=10)
+            panel.grid(alpha=0.3)
+        row[0].set_ylabel("time over nnfast's")
+    for panel in panels[-1]:
+        panel.set_xlabel("elements")
+    panels[0][0].legend(fontsize=8)
+    figure.suptitle(heading(results), fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_markers(text: str, name: str, content: str) -> str:
+    """text with what stands between a table's markers replaced."""
+    return re.sub(MARKERS.format(name=name), lambda m: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
+
+
+def render() -> dict[Path, str]:
+    """Every file that is made from the results, as text."""
+    readme = (ROOT / "README.md").read_text()
+    parts = ["# Results", "", "Made by `python -m benchmarks.report` from the lines in this folder."]
+    for path in sorted(FOLDER.glob("*.jsonl")):
+        results = load(path)
+        readme = write_markers(readme, path.stem, f"\n{heading(results)}\n\n{short_table(results)}\n")
+        parts += ["", f"## {path.stem}", "", heading(results), "", table(results), "", f"![{path.stem}]({path.stem}.png)"]
+    return {ROOT / "README.md": readme, FOLDER / "README.md": "\n".join(parts) + "\n"}
+
+
+def main() -> int:
+    """Write everything, or with --check say what is not as the results have it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table differs from the results")
+    check = parser.parse_args().check
+    differs = [path for path, text in render().items() if not path.exists() or path.read_text() != text]
+    if check:
+        for path in differs:
+            print(f"{path.relative_to(ROOT)} is not what the results say: run python -m benchmarks.report")
+        return bool(differs)
+    for path, text in render().items():
+        path.write_text(text)
+    for path in sorted(FOLDER.glob("*.jsonl")):
+        plot(load(path), path.with_suffix(".png"))
+        print(f"{path.with_suffix('.png').relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
