@@ -1,0 +1,50 @@
+// CUDA kernels: 16-byte accesses and the one seam through which every kernel is launched. With
+// NNFAST_EMULATE_CUDA the same sources compile as host C++, where tests/emulation/cuda_emulation.h runs them.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/check.h"
+#include "common/scalar.h"
+
+#if defined(NNFAST_EMULATE_CUDA)
+#include "cuda_emulation.h"
+#define NNFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(nnfast_emulated, CPU, m)
+#else
+#include <cuda_runtime.h>
+#define NNFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(nnfast, CUDA, m)
+// Weak: the CPU build of torch has no such function, and the library must load there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** stream);
+#endif
+
+namespace nnfast::cuda {
+
+template <class T, int width>
+struct alignas(width * sizeof(T)) Vector {
+  T element[width];
+};
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Runs kernel(args...) on the device's current stream. Dynamic shared memory is `shared_bytes`.
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
+            int32_t device_index, Args... args) {
+  if (blocks == 0) return;
+  check(blocks <= 0x7fffffff, name, ": ", blocks, " blocks are more than a grid can have");
+#if defined(NNFAST_EMULATE_CUDA)
+  static_cast<void>(device_index);
+  cuda_emulation::launch(name, blocks, threads, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+#else
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
+      static_cast<Params>(args)...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail("launch of ", name, " failed: ", cudaGetErrorString(error));
+#endif
+}
+
+}  // namespace nnfast::cuda
