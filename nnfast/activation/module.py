@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .op import MISH, SILU, activate
@@ -26,12 +25,12 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Source: Ramachandran et al. 2017, arXiv:1710.05941; Elfwing et al. 2017, arXiv:1702.03118.
     """
-    return activate(SILU, F.silu, input, inplace)
+    return activate(SILU, input, inplace)
 
 
 def swish(input: Tensor, inplace: bool = False) -> Tensor:
     """Swish with beta = 1: the same function as `silu`."""
-    return activate(SILU, F.silu, input, inplace)
+    return activate(SILU, input, inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
@@ -52,7 +51,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Source: Misra 2019, arXiv:1908.08681.
     """
-    return activate(MISH, F.mish, input, inplace)
+    return activate(MISH, input, inplace)
 
 
 class SiLU(nn.SiLU):
@@ -64,7 +63,7 @@ class SiLU(nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `nnfast.functional.silu`."""
-        return activate(SILU, F.silu, input, self.inplace)
+        return activate(SILU, input, self.inplace)
 
 
 class Swish(SiLU):
@@ -84,7 +83,7 @@ class Mish(nn.Mish):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `nnfast.functional.mish`."""
-        return activate(MISH, F.mish, input, self.inplace)
+        return activate(MISH, input, self.inplace)
 
 
 for _served, _op in ((silu, SILU), (swish, SILU), (mish, MISH), (SiLU, SILU), (Mish, MISH)):

@@ -20,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ..core import extension, tuning
-from ..core.op import Backend, Op, forced, triton_why_not
+from ..core.op import Backend, Op, forced, forced_outside_compile, triton_why_not
 from . import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What our kernels take; torch's own also takes complex numbers for silu."""
+
+_ELSEWHERE = {"cpu": "x is not on the cpu", "cuda": "x is not on a CUDA device"}  # formatting a device is slow
 
 _library = torch.library.Library("nnfast", "DEF")
 
@@ -176,17 +179,19 @@ def _not_worth(name: str, backend: str, x: Tensor, inplace: bool = False) -> lis
 
 
 def _library_why_not(name: str, device: str, x: Tensor, inplace: bool = False) -> list[str]:
-    reasons = []
-    if x.device.type != device:
-        reasons.append(f"x is on {x.device}; this backend needs {device}")
+    reasons = _kernel_why_not(x, inplace)
     if missing := extension.why_not(name, device.upper()):
-        reasons.append(missing)
-    return reasons + _kernel_why_not(x, inplace)
+        reasons.insert(0, missing)
+    if not (x.is_cpu if device == "cpu" else x.is_cuda):
+        reasons.insert(0, _ELSEWHERE[device])
+    return reasons
 
 
 def _triton_why_not(x: Tensor, inplace: bool = False) -> list[str]:
-    missing = triton_why_not(x.device.type)
-    return [missing] * bool(missing) + _kernel_why_not(x, inplace)
+    reasons = _kernel_why_not(x, inplace)
+    if missing := triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type):
+        reasons.insert(0, missing)
+    return reasons
 
 
 def _triton_not_worth(name: str, x: Tensor, inplace: bool = False) -> list[str]:
@@ -235,43 +240,47 @@ def _define(name: str) -> None:
         )
 
 
-def _make(name: str, torchs: Callable[..., Tensor]) -> Op:
-    _define(name)
+class Activation(Op):
+    """An activation with torch's own function of it.
 
-    def kernels(overload: str) -> _Kernels:
-        operators = [getattr(getattr(torch.ops.nnfast, name + part), overload) for part in ("", "_", "_backward")]
-        return _Kernels(*operators, getattr(reference, f"{name}_backward"))
+    Attributes:
+        function: torch's function, `function(x, inplace)`.
+        builtin: the same below Python, `builtin(x)`.
+        least: fewest elements for which it is worth asking who serves.
+    """
 
-    compiled = partial(_run, kernels("default"))
-    return Op(
-        name,
-        [
-            Backend("cuda", compiled, partial(_library_why_not, name, "cuda"), partial(_not_worth, name, "cuda")),
-            Backend("triton", partial(_run, kernels("triton")), _triton_why_not, partial(_triton_not_worth, name)),
-            Backend("cpu", compiled, partial(_library_why_not, name, "cpu"), partial(_not_worth, name, "cpu")),
-            Backend("aten", partial(_run_aten, torchs), partial(_aten_why_not, name)),
-            Backend("reference", partial(_run_reference, getattr(reference, name)), partial(_aten_why_not, name)),
-        ],
-    )
+    def __init__(self, name: str, function: Callable[..., Tensor], builtin: Callable[[Tensor], Tensor]) -> None:
+        _define(name)
+        self.function, self.builtin, self.least = function, builtin, tuning.smallest(name)
+
+        def kernels(overload: str) -> _Kernels:
+            operators = [getattr(getattr(torch.ops.nnfast, name + part), overload) for part in ("", "_", "_backward")]
+            return _Kernels(*operators, getattr(reference, f"{name}_backward"))
+
+        def library(device: str) -> Backend:
+            why_not, not_worth = (partial(f, name, device) for f in (_library_why_not, _not_worth))
+            return Backend(device, partial(_run, kernels("default")), why_not, not_worth)
+
+        triton = Backend("triton", partial(_run, kernels("triton")), _triton_why_not, partial(_triton_not_worth, name))
+        aten = Backend("aten", partial(_run_aten, function), partial(_aten_why_not, name))
+        plain = Backend("reference", partial(_run_reference, getattr(reference, name)), partial(_aten_why_not, name))
+        super().__init__(name, [library("cuda"), triton, library("cpu"), aten, plain])
 
 
-SILU = _make("silu", F.silu)
-MISH = _make("mish", F.mish)
-_LEAST = {SILU: tuning.smallest("silu"), MISH: tuning.smallest("mish")}
-
-
-def activate(op: Op, torchs: Callable[..., Tensor], x: Tensor, inplace: bool) -> Tensor:
-    """Check the arguments and let the chosen backend run; `torchs` is torch's own function.
+def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
+    """Check the arguments and let the chosen backend run.
 
     Small tensors, subclasses and torch.compile take torch's own at once; `op.explain` gives the same answer
     with its reasons.
     """
-    plain = type(x) is Tensor
-    if forced() is None and (torch.compiler.is_compiling() or (plain and x.numel() < _LEAST[op])):
-        return torchs(x, inplace)
-    if not plain:
+    if is_compiling():
+        if forced() is None:
+            return op.function(x, inplace)
+    elif type(x) is Tensor and x.numel() < op.least and not inplace and forced_outside_compile() is None:
+        return op.builtin(x)
+    if type(x) is not Tensor:
         if torch.overrides.has_torch_function_unary(x):
-            return torchs(x, inplace)
+            return op.function(x, inplace)
         if not isinstance(x, Tensor):
             raise TypeError(f"nnfast.{op.name}: x is a {type(x).__name__}; it needs a torch.Tensor")
     if reasons := _aten_why_not(op.name, x):
@@ -283,3 +292,7 @@ def activate(op: Op, torchs: Callable[..., Tensor], x: Tensor, inplace: bool) ->
         )
     result: Tensor = op(x, inplace=True) if inplace else op(x)
     return result
+
+
+SILU = Activation("silu", F.silu, torch._C._nn.silu)
+MISH = Activation("mish", F.mish, torch._C._nn.mish)

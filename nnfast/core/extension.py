@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .op import constant
+
 PATH = Path(__file__).parent.parent / "_C.so"
 
 
@@ -38,6 +40,7 @@ def build_facts() -> dict[str, Any]:
     return facts
 
 
+@constant
 def why_not(operator: str, device: str) -> str:
     """Why the library has no kernel of `operator` ("silu") for `device` ("CPU" or "CUDA"); "" if it has."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"nnfast::{operator}", device):
@@ -45,5 +48,3 @@ def why_not(operator: str, device: str) -> str:
     left_out = build_facts().get("left_out", {}).get(device.lower())
     return f"nnfast was built without {device} kernels: {ERROR or left_out or 'the library has none'}"
 
-
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined] # looks up the dispatcher; no tensor in or out
