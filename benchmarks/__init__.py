@@ -1,1 +1,1 @@
-"""`pytest benchmarks`: every operation against the seed formulation, torch's own, torch.compile, and peers."""
+"""`pytest benchmarks`: every operation against the seed formulation, torch's, torch.compile, peers."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.runner import Result, human, limits, machine, table
+from benchmarks.report import heading
+from benchmarks.runner import Result, human, table
 
 RESULTS: list[Result] = []
 
@@ -40,7 +41,9 @@ def record(request: pytest.FixtureRequest):
 
     def keep(result: Result, benchmark) -> None:
         RESULTS.append(result)
-        benchmark.extra_info.update(ratios={name: result.ratio(name) for name in result.seconds}, backend=result.backend)
+        benchmark.extra_info.update(
+            ratios={name: result.ratio(name) for name in result.seconds}, backend=result.backend
+        )
         path = request.config.getoption("--results")
         if path:
             with path.open("a") as file:
@@ -54,18 +57,14 @@ def record(request: pytest.FixtureRequest):
 def pytest_terminal_summary(terminalreporter) -> None:
     if not RESULTS:
         return
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    facts, ceiling = machine(where), limits(where)
     write = terminalreporter.write_line
     write("")
-    write(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton'] or 'none'}, threads {facts['threads'] or '-'}")
-    write(
-        f"this run's limits: copy {ceiling['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"matrix product {ceiling['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s"
-    )
+    write(heading(RESULTS))
     write("")
     write(table(RESULTS))
-    others = [(r, name) for r in RESULTS for name in r.seconds if name not in ("nnfast", "seed", "torch", "compile")]
+    others = [
+        (r, name) for r in RESULTS for name in r.seconds if name not in ("nnfast", "seed", "torch", "compile")
+    ]
     if others:
         write("")
         write("other contenders, time and its ratio to ours:")

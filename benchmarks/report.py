@@ -30,8 +30,8 @@ def heading(results: Sequence[Result]) -> str:
     parts += [f"{facts['threads']} threads"] * bool(facts["threads"])
     copy, product = (first.limits[key] for key in ("copy_bytes_per_s", "matmul_flop_per_s"))
     return (
-        f"{', '.join(parts)}. Copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.3g} TFLOP/s, measured in "
-        f"the same run. Commit {first.commit}, {first.date}."
+        f"{', '.join(parts)}. Copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.3g} TFLOP/s, "
+        f"measured in the same run. Commit {first.commit}, {first.date}."
     )
 
 
@@ -42,17 +42,22 @@ def selected(results: Sequence[Result]) -> list[Result]:
 
 def short_table(results: Sequence[Result]) -> str:
     """For the README: time, and how many times longer the others take."""
-    lines = ["| | served by | time | GB/s (of copy) | seed formulation | torch | torch.compile |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | served by | time | GB/s (of copy) | seed formulation | torch | torch.compile |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in selected(results):
         ratios = " | ".join(f"{r.ratio(name):.2f}x" for name in CONTENDERS)
         stale = " (stale)" if r.stale else ""
         time = human(r.seconds["nnfast"])
-        lines.append(f"| {r.case}{stale} | {r.backend} | {time} | {r.bandwidth / 1e9:.1f} ({r.share:.0%}) | {ratios} |")
+        lines.append(
+            f"| {r.case}{stale} | {r.backend} | {time} | {r.bandwidth / 1e9:.1f} ({r.share:.0%}) | {ratios} |"
+        )
     return "\n".join(lines)
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """How many times longer the others take, over the number of elements: one panel an op, direction, dtype."""
+    """How many times longer the others take, over the number of elements; a panel an op, direction, dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,13 +66,28 @@ def plot(results: Sequence[Result], path: Path) -> None:
     ops = sorted({r.op for r in results})
     columns = [(d, t) for d in ("forward", "forward+backward") for t in README_DTYPES]
     figure, panels = plt.subplots(
-        len(ops), len(columns), figsize=(3.6 * len(columns), 3 * len(ops)), squeeze=False, sharey="row", layout="constrained"
+        len(ops),
+        len(columns),
+        figsize=(3.6 * len(columns), 3 * len(ops)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     for row, op in zip(panels, ops, strict=True):
         for panel, (direction, dtype) in zip(row, columns, strict=True):
-            found = sorted((r for r in results if (r.op, r.direction, r.dtype) == (op, direction, dtype)), key=lambda r: r.numel)
+            found = sorted(
+                (r for r in results if (r.op, r.direction, r.dtype) == (op, direction, dtype)),
+                key=lambda r: r.numel,
+            )
             for name, colour in CONTENDERS.items():
-                panel.plot([r.numel for r in found], [r.ratio(name) for r in found], "o-", ms=4, color=colour, label=name)
+                panel.plot(
+                    [r.numel for r in found],
+                    [r.ratio(name) for r in found],
+                    "o-",
+                    ms=4,
+                    color=colour,
+                    label=name,
+                )
             panel.axhline(1, color="black", lw=1, label="nnfast")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
@@ -95,14 +115,25 @@ def render() -> dict[Path, str]:
     for path in sorted(FOLDER.glob("*.jsonl")):
         results = load(path)
         readme = write_markers(readme, path.stem, f"\n{heading(results)}\n\n{short_table(results)}\n")
-        parts += ["", f"## {path.stem}", "", heading(results), "", table(results), "", f"![{path.stem}]({path.stem}.png)"]
+        parts += [
+            "",
+            f"## {path.stem}",
+            "",
+            heading(results),
+            "",
+            table(results),
+            "",
+            f"![{path.stem}]({path.stem}.png)",
+        ]
     return {ROOT / "README.md": readme, FOLDER / "README.md": "\n".join(parts) + "\n"}
 
 
 def main() -> int:
     """Write everything, or with --check say what is not as the results have it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table differs from the results")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a table differs from the results"
+    )
     check = parser.parse_args().check
     differs = [path for path, text in render().items() if not path.exists() or path.read_text() != text]
     if check:

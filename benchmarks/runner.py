@@ -50,7 +50,11 @@ def _timed(run: Contender, inputs: Sequence[Any], calls: int, device: str) -> fl
 
 
 def compare(
-    contenders: dict[str, Contender], inputs: Sequence[Any], device: str, seconds: float = 2.0, rounds: int = 15
+    contenders: dict[str, Contender],
+    inputs: Sequence[Any],
+    device: str,
+    seconds: float = 2.0,
+    rounds: int = 15,
 ) -> dict[str, float]:
     """Median seconds a call of each contender, interleaved.
 
@@ -108,7 +112,12 @@ def machine(device: str) -> dict[str, str]:
         from triton import __version__ as triton_version
     except ImportError:
         triton_version = ""
-    return {**found, "python": platform.python_version(), "torch": torch.__version__, "triton": triton_version}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+    }
 
 
 def _cpu_name() -> str:
@@ -132,7 +141,11 @@ def digest(family: str) -> str:
 def commit() -> str:
     """The checkout's commit, with + if it is changed; "" outside a checkout."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.strip()
 
@@ -207,14 +220,27 @@ def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
     rows = [["case", "backend", "time", "GB/s", "of copy", "vs seed", "vs torch", "vs compile", "target"]]
     for r in results:
-        ratios = [f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in ("seed", "torch", "compile")]
+        ratios = [
+            f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in ("seed", "torch", "compile")
+        ]
         verdict = "; ".join(r.missed()) or ("met" if r.targets else "")
         stale = " (stale)" if r.stale else ""
         rows.append(
-            [r.case + stale, r.backend, human(r.seconds["nnfast"]), f"{r.bandwidth / 1e9:.1f}", f"{r.share:.0%}", *ratios, verdict]
+            [
+                r.case + stale,
+                r.backend,
+                human(r.seconds["nnfast"]),
+                f"{r.bandwidth / 1e9:.1f}",
+                f"{r.share:.0%}",
+                *ratios,
+                verdict,
+            ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

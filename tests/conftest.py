@@ -25,7 +25,7 @@ def pytest_configure() -> None:
 
 
 def _round_in_interpreter() -> None:
-    """Triton's interpreter truncates float32 to bfloat16 where hardware rounds to nearest: round there too."""
+    """Triton's interpreter truncates float32 to bfloat16 where hardware rounds: round there too."""
     import triton.language as tl
     from triton.runtime import interpreter
 

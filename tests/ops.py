@@ -13,7 +13,6 @@ from torch import Tensor
 import nnfast
 from nnfast.activation import reference
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -84,7 +83,11 @@ _ACTIVATION_SAMPLES = (
     Sample("body", lambda: torch.randn(7, 11, 13) * 4),
     Sample("tail", lambda: torch.linspace(-80, -6, 500), "relative"),
     Sample("large", lambda: torch.cat([torch.linspace(6, 100, 400), torch.logspace(2, 4, 50)]), "relative"),
-    Sample("near zero", lambda: torch.cat([torch.logspace(-30, -2, 200), -torch.logspace(-30, -2, 200)]), "relative"),
+    Sample(
+        "near zero",
+        lambda: torch.cat([torch.logspace(-30, -2, 200), -torch.logspace(-30, -2, 200)]),
+        "relative",
+    ),
 )
 
 

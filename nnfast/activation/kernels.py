@@ -92,7 +92,9 @@ def _launch(kernel: triton.JITFunction, activation: str, *tensors: Tensor) -> No
         config = pointwise_config(tensors[0].element_size())
         grid = (triton.cdiv(size, config.block),)
         with torch.accelerator.device_index(tensors[0].device.index):
-            kernel[grid](*tensors, size, ACTIVATION=activation, BLOCK=config.block, num_warps=config.num_warps)
+            kernel[grid](
+                *tensors, size, ACTIVATION=activation, BLOCK=config.block, num_warps=config.num_warps
+            )
 
 
 def forward(activation: str, x: Tensor) -> Tensor:

@@ -54,12 +54,19 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     return activate(MISH, input, inplace)
 
 
+# what `nnfast.explain` looks up
+silu.nnfast_op = swish.nnfast_op = "silu"  # type: ignore[attr-defined]
+mish.nnfast_op = "mish"  # type: ignore[attr-defined]
+
+
 class SiLU(nn.SiLU):
     """Drop-in for `torch.nn.SiLU`: input * sigmoid(input). Input and output: any shape.
 
     Args:
         inplace: overwrite the input.
     """
+
+    nnfast_op = "silu"
 
     def forward(self, input: Tensor) -> Tensor:
         """See `nnfast.functional.silu`."""
@@ -81,10 +88,8 @@ class Mish(nn.Mish):
         inplace: overwrite the input.
     """
 
+    nnfast_op = "mish"
+
     def forward(self, input: Tensor) -> Tensor:
         """See `nnfast.functional.mish`."""
         return activate(MISH, input, self.inplace)
-
-
-for _served, _op in ((silu, SILU), (swish, SILU), (mish, MISH), (SiLU, SILU), (Mish, MISH)):
-    _served.nnfast_op = _op.name  # type: ignore[attr-defined]

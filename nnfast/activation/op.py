@@ -29,7 +29,10 @@ from . import reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What our kernels take; torch's own also takes complex numbers for silu."""
 
-_ELSEWHERE = {"cpu": "x is not on the cpu", "cuda": "x is not on a CUDA device"}  # formatting a device is slow
+_ELSEWHERE = {
+    "cpu": "x is not on the cpu",
+    "cuda": "x is not on a CUDA device",
+}  # formatting a device is slow
 
 _library = torch.library.Library("nnfast", "DEF")
 
@@ -85,11 +88,12 @@ class _ActivateTransformed(_Activate):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
-        return ctx.kernels.reference_backward(tangent, x)
+        kernels: _Kernels = ctx.kernels
+        return kernels.reference_backward(tangent, x)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, kernels: _Kernels) -> tuple[Tensor, int]:
-        return _ActivateTransformed.apply(x, kernels), in_dims[0]
+        return _ActivateTransformed.apply(x, kernels), in_dims[0]  # type: ignore[no-untyped-call]
 
 
 class _ActivateInPlace(torch.autograd.Function):
@@ -117,20 +121,19 @@ class _ActivateInPlace(torch.autograd.Function):
 
 def _run(kernels: _Kernels, x: Tensor, inplace: bool = False) -> Tensor:
     differentiate = x.requires_grad and torch.is_grad_enabled()
-    if inplace:
-        if differentiate:
-            result: Tensor = _ActivateInPlace.apply(x, x.clone(), kernels)
-            return result
+    result = x
+    if inplace and differentiate:
+        result = _ActivateInPlace.apply(x, x.clone(), kernels)  # type: ignore[no-untyped-call]
+    elif inplace:
         kernels.forward_(x)
         torch.autograd.graph.increment_version(x)
-        return x
-    if _transformed():
-        result = _ActivateTransformed.apply(x, kernels)
-        return result
-    if differentiate:
-        result = _Activate.apply(x, kernels)
-        return result
-    return kernels.forward(x)
+    elif _transformed():
+        result = _ActivateTransformed.apply(x, kernels)  # type: ignore[no-untyped-call]
+    elif differentiate:
+        result = _Activate.apply(x, kernels)  # type: ignore[no-untyped-call]
+    else:
+        result = kernels.forward(x)
+    return result
 
 
 def _run_reference(formula: Callable[[Tensor], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
@@ -217,7 +220,11 @@ def _define(name: str) -> None:
     def fallback_(x: Tensor) -> None:
         x.copy_(formula(x))
 
-    for operator, implementation in ((name, formula), (f"{name}_", fallback_), (f"{name}_backward", derivative)):
+    for operator, implementation in (
+        (name, formula),
+        (f"{name}_", fallback_),
+        (f"{name}_backward", derivative),
+    ):
         _library.impl(operator, implementation, "CompositeExplicitAutograd")
 
     def call(function: str, *tensors: Tensor) -> Any:
@@ -249,21 +256,29 @@ class Activation(Op):
         least: fewest elements for which it is worth asking who serves.
     """
 
-    def __init__(self, name: str, function: Callable[..., Tensor], builtin: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Tensor], builtin: Callable[[Tensor], Tensor]
+    ) -> None:
         _define(name)
         self.function, self.builtin, self.least = function, builtin, tuning.smallest(name)
 
         def kernels(overload: str) -> _Kernels:
-            operators = [getattr(getattr(torch.ops.nnfast, name + part), overload) for part in ("", "_", "_backward")]
-            return _Kernels(*operators, getattr(reference, f"{name}_backward"))
+            forward, forward_, backward = (
+                getattr(getattr(torch.ops.nnfast, name + part), overload) for part in ("", "_", "_backward")
+            )
+            return _Kernels(forward, forward_, backward, getattr(reference, f"{name}_backward"))
 
         def library(device: str) -> Backend:
             why_not, not_worth = (partial(f, name, device) for f in (_library_why_not, _not_worth))
             return Backend(device, partial(_run, kernels("default")), why_not, not_worth)
 
-        triton = Backend("triton", partial(_run, kernels("triton")), _triton_why_not, partial(_triton_not_worth, name))
+        triton = Backend(
+            "triton", partial(_run, kernels("triton")), _triton_why_not, partial(_triton_not_worth, name)
+        )
         aten = Backend("aten", partial(_run_aten, function), partial(_aten_why_not, name))
-        plain = Backend("reference", partial(_run_reference, getattr(reference, name)), partial(_aten_why_not, name))
+        plain = Backend(
+            "reference", partial(_run_reference, getattr(reference, name)), partial(_aten_why_not, name)
+        )
         super().__init__(name, [library("cuda"), triton, library("cpu"), aten, plain])
 
 

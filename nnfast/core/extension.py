@@ -47,4 +47,3 @@ def why_not(operator: str, device: str) -> str:
         return ""
     left_out = build_facts().get("left_out", {}).get(device.lower())
     return f"nnfast was built without {device} kernels: {ERROR or left_out or 'the library has none'}"
-

@@ -102,7 +102,9 @@ class backend(ContextDecorator):  # noqa: N801 - used as a function
         _forced.reset(entry[0])
 
     @staticmethod
-    def _update(change: Callable[[tuple[Token[str | None], str]], None], entry: tuple[Token[str | None], str]) -> None:
+    def _update(
+        change: Callable[[tuple[Token[str | None], str]], None], entry: tuple[Token[str | None], str]
+    ) -> None:
         global _forced_in_compile
         with _open_lock:
             change(entry)
@@ -147,6 +149,7 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the chosen backend."""
         return self.choose(*args, **kwargs).run(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -170,7 +173,9 @@ class Op:
     def _refusal(self, name: str | None, *args: Any, **kwargs: Any) -> str:
         reasons = {b.name: b.why_not(*args, **kwargs) for b in self.backends if name in (None, b.name)}
         if name is not None and name not in reasons:
-            reasons[name] = [f"{self.name} has no such backend; it has {', '.join(b.name for b in self.backends)}"]
+            reasons[name] = [
+                f"{self.name} has no such backend; it has {', '.join(b.name for b in self.backends)}"
+            ]
         what = f"backend {name!r} is forced and cannot serve" if name else "no backend can serve"
         lines = [f"  {key}: {reason}" for key, found in reasons.items() for reason in found]
         return "\n".join([f"nnfast.{self.name}: {what} {_describe(args, kwargs)}", *lines])
@@ -236,7 +241,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     name = op if isinstance(op, str) else getattr(op, "nnfast_op", None)
     if name not in OPS:
-        raise ValueError(f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}")
+        raise ValueError(
+            f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}"
+        )
     return OPS[name].explain(*args, **kwargs)
 
 
@@ -269,4 +276,3 @@ def triton_why_not(device: str) -> str:
     if device == "cuda" or (device == "cpu" and module.INTERPRETED):
         return ""
     return f"x is on {device}; Triton needs a GPU (or TRITON_INTERPRET=1 and cpu tensors, for tests)"
-

@@ -49,7 +49,7 @@ class Config:
     num_warps: int
 
 
-# Bytes of an element -> Config: two 16-byte accesses a thread (one in float64, which is short of registers) keep
+# Bytes of an element -> Config: two 16-byte accesses a thread (one in float64, short of registers) keep
 # 32 KB in flight on a multiprocessor at half occupancy.
 _POINTWISE = {2: Config(2048, 4), 4: Config(1024, 4), 8: Config(512, 8)}
 

@@ -55,7 +55,9 @@ def test_moduleinfo(case, run, dtype, training):
     count = 0
     for entry in info.module_inputs_func(info, run.device, dtype, requires_grad=True, training=training):
         made = entry.constructor_input
-        ours, torchs = (kind(*made.args, **made.kwargs).train(training) for kind in (case.module, case.torch_module))
+        ours, torchs = (
+            kind(*made.args, **made.kwargs).train(training) for kind in (case.module, case.torch_module)
+        )
         (x,) = entry.forward_input.args
         result = run(ours, x)
         assert_close(result, torchs(x))

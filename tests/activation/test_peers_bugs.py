@@ -33,14 +33,16 @@ def test_offsets_are_64_bit_in_triton():
 
 
 def test_no_float_scalar_reaches_a_kernel():
-    """Liger-Kernel: a Python float argument of a Triton kernel becomes float64 under torch.compile, at twice the time."""
+    """Liger-Kernel: a float argument of a Triton kernel becomes float64 under torch.compile: 108 us for 56."""
     import inspect
 
     from nnfast.activation import kernels
 
     for kernel in (kernels.forward_kernel, kernels.backward_kernel):
         runtime = [
-            p for p in inspect.signature(kernel.fn).parameters.values() if "constexpr" not in str(p.annotation)
+            p
+            for p in inspect.signature(kernel.fn).parameters.values()
+            if "constexpr" not in str(p.annotation)
         ]
         assert [p.name for p in runtime if not p.name.endswith("_ptr")] == ["size"]
 
@@ -57,7 +59,7 @@ def test_autocast_gives_the_gradient_in_the_input_dtype(run, case):
 
 
 def test_backward_twice_over_a_retained_graph(run, case):
-    """Liger-Kernel#1251, unsloth#5002: kernels that write gradients into their inputs corrupt the second pass."""
+    """Liger-Kernel#1251, unsloth#5002: gradients written into the inputs corrupt the second pass."""
     x = torch.randn(100, device=run.device, requires_grad=True)
     with run.forced():
         y = case.ours(x)

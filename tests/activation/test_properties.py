@@ -45,7 +45,9 @@ def test_any_view(case, run, x, data):
     result = run(case.ours, x)
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
     assert layout(result) == layout(expected)
-    assert_close(result, expected, atol=1e-5 if x.itemsize < 8 else 1e-12, rtol=1.6e-2 if x.itemsize < 4 else 1e-5)
+    assert_close(
+        result, expected, atol=1e-5 if x.itemsize < 8 else 1e-12, rtol=1.6e-2 if x.itemsize < 4 else 1e-5
+    )
     grad = torch.randn_like(expected)
     if data.draw(st.booleans()) and grad.dim() > 1:
         grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
@@ -62,7 +64,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("low, high", [(-700, -20), (-20, -1e-3), (1e-3, 20), (20, 700)])
+@pytest.mark.parametrize(("low", "high"), [(-700, -20), (-20, -1e-3), (1e-3, 20), (20, 700)])
 def test_float64_against_forty_digits(case, run, low, high):
     x = torch.linspace(low, high, 60, dtype=torch.float64)
     with mpmath.workdps(40):
@@ -71,7 +73,12 @@ def test_float64_against_forty_digits(case, run, low, high):
         slope = [mpmath.diff(function, mpmath.mpf(v)) for v in x.tolist()]
 
         def error(result: torch.Tensor, exact: list) -> float:
-            return float(max(abs(mpmath.mpf(r) - e) / max(abs(e), 1e-290) for r, e in zip(result.tolist(), exact, strict=True)))
+            return float(
+                max(
+                    abs(mpmath.mpf(r) - e) / max(abs(e), 1e-290)
+                    for r, e in zip(result.tolist(), exact, strict=True)
+                )
+            )
 
         ours, torchs = run(case.ours, x.to(run.device)), case.torchs(x.to(run.device))
         assert error(ours, truth) <= 2 * error(torchs, truth) + 1e-16

@@ -39,16 +39,23 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
         config = pointwise_config(size)
         for name in ("silu", "mish"):
             constants = {"ACTIVATION": name, "BLOCK": config.block}
-            for direction, pointers in (("forward", ("x_ptr", "y_ptr")), ("backward", ("grad_ptr", "x_ptr", "out_ptr"))):
+            for direction, pointers in (
+                ("forward", ("x_ptr", "y_ptr")),
+                ("backward", ("grad_ptr", "x_ptr", "out_ptr")),
+            ):
                 types = {**dict.fromkeys(pointers, f"*{dtype}"), "size": "i64"}
                 kernel = getattr(activation, f"{direction}_kernel")
                 yield f"{name} {direction} {dtype}", kernel, types, constants, config.num_warps
 
 
-def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: GPUTarget) -> Any:
+def compile_case(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: GPUTarget
+) -> Any:
     """As the launcher compiles it for tensors at 16-byte addresses and a size that nothing divides."""
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")
+    }
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target, {"num_warps": warps})
 
 
@@ -67,12 +74,16 @@ def resources(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     return {
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spills": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
         "shared": compiled.metadata.shared,
-        "wide": bool(re.search(r"ld\.global\.v[24]\.b(32|64)", ptx) and re.search(r"st\.global\.v[24]\.b(32|64)", ptx)),
+        "wide": bool(
+            re.search(r"ld\.global\.v[24]\.b(32|64)", ptx) and re.search(r"st\.global\.v[24]\.b(32|64)", ptx)
+        ),
     }
 
 

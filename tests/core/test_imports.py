@@ -51,14 +51,21 @@ def test_arrows(path):
         others = rooms & FAMILIES - {here}
         assert {(here, other) for other in others} <= ALLOWED_BETWEEN_FAMILIES
         assert not rooms & {"swap", "cli", "functional"}
-        inside = {name.split(".")[2] for name in names if name.startswith(f"nnfast.{here}.") and name.count(".") >= 2}
-        assert inside <= {
-            "module": {"op"},
-            "op": {"kernels", "reference"},
-            "kernels": set(),
-            "reference": set(),
-            "__init__": set(),
-        }[path.stem]
+        inside = {
+            name.split(".")[2]
+            for name in names
+            if name.startswith(f"nnfast.{here}.") and name.count(".") >= 2
+        }
+        assert (
+            inside
+            <= {
+                "module": {"op"},
+                "op": {"kernels", "reference"},
+                "kernels": set(),
+                "reference": set(),
+                "__init__": set(),
+            }[path.stem]
+        )
     if any(name.split(".")[0] == "triton" for name in names):
         assert path.relative_to(ROOT).as_posix() == "core/triton.py", "only core/triton.py imports triton"
 
@@ -84,7 +91,9 @@ def test_import_costs_little():
     assert seconds < 0.2 * (time.perf_counter() - start)
 
 
-@pytest.mark.parametrize("broken", ["raise ImportError('none')", "raise RuntimeError('libcuda is too old')", "1/0"])
+@pytest.mark.parametrize(
+    "broken", ["raise ImportError('none')", "raise RuntimeError('libcuda is too old')", "1/0"]
+)
 def test_without_triton(broken, tmp_path):
     (tmp_path / "triton.py").write_text(broken)
     code = (
