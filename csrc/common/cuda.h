@@ -27,6 +27,17 @@ struct alignas(width * sizeof(T)) Vector {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// The dynamic shared memory of the block.
+template <class T>
+__device__ T* dynamic_shared() {
+#if defined(NNFAST_EMULATE_CUDA)
+  return reinterpret_cast<T*>(cuda_emulation::dynamic_shared.data());
+#else
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#endif
+}
+
 // Runs kernel(args...) on the device's current stream. Dynamic shared memory is `shared_bytes`.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
