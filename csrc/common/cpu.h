@@ -105,10 +105,13 @@ __attribute__((target("avx2,fma,f16c"))) void run_avx2(const Loop& loop, int64_t
 // Calls loop.run<bytes>(begin, end) on parts of [0, n) in parallel. run is NNFAST_INLINE.
 template <class Loop>
 void parallel(int64_t n, int64_t grain, const Loop& loop) {
-  auto run = [&loop](int64_t begin, int64_t end) {
+  const Isa chosen = isa();  // here: torch drops the message of what is thrown inside parallel_for
+  auto run = [&loop, chosen](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-    if (isa() == Isa::avx512) return run_avx512(loop, begin, end);
-    if (isa() == Isa::avx2) return run_avx2(loop, begin, end);
+    if (chosen == Isa::avx512) return run_avx512(loop, begin, end);
+    if (chosen == Isa::avx2) return run_avx2(loop, begin, end);
+#else
+    static_cast<void>(chosen);
 #endif
     loop.template run<16>(begin, end);
   };
