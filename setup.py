@@ -76,7 +76,4 @@ class _Wheel(bdist_wheel):
 
 
 LIBRARY = cpp.CppExtension("nnfast._C", [], include_dirs=[str(toolchain.CSRC)], extra_compile_args=FLAGS)
-setup(
-    ext_modules=[LIBRARY],
-    cmdclass={"build_ext": _BuildExt, "bdist_wheel": _Wheel},
-)
+setup(ext_modules=[LIBRARY], cmdclass={"build_ext": _BuildExt, "bdist_wheel": _Wheel})

@@ -28,11 +28,16 @@ struct Loop {
   template <int bytes>
   static NNFAST_INLINE void one(const T* first, const T* last, T* out) {
     using P = Pack<T, bytes>;
-    using Math = typename P::Math;
-    if constexpr (inputs == 1)
-      P::store(out, Fn::template forward<Math>(P::load(first)));
-    else
-      P::store(out, Fn::template backward<Math>(P::load(first), P::load(last)));
+    using Math = typename Scalar<T>::Math;
+    P a = P::load(first);
+    const P b = P::load(last);
+    for (int i = 0; i < P::parts; ++i) {
+      if constexpr (inputs == 1)
+        a.part[i] = Fn::template forward<Math>(a.part[i]);
+      else
+        a.part[i] = Fn::template backward<Math>(a.part[i], b.part[i]);
+    }
+    a.store(out);
   }
 };
 

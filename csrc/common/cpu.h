@@ -19,51 +19,53 @@ struct VectorOf {
   typedef Element type __attribute__((vector_size(bytes)));
 };
 
-// What Scalar<T> is to one element, for the `lanes` elements that fill `bytes` in the type of the arithmetic.
+// `lanes` elements of type T, converted to vectors of `bytes` bytes in the type of the arithmetic. BFloat16
+// comes in pairs: the even and the odd elements of the same bytes, so that a shift or a mask converts and
+// nothing is shuffled.
 template <class T, int bytes>
 struct Pack {
   using Compute = typename VectorOf<typename Scalar<T>::Compute, bytes>::type;
-  using Math = typename Scalar<T>::Math;
-  static constexpr int lanes = bytes / sizeof(typename Scalar<T>::Compute);
-
-  static NNFAST_INLINE Compute load(const T* from) {
-    if constexpr (sizeof(T) == 2) {
-      typename VectorOf<uint16_t, bytes / 2>::type narrow;
-      std::memcpy(&narrow, from, sizeof(narrow));
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        return host::bfloat16_to_float<Compute>(__builtin_convertvector(narrow, Bits));
-      } else if constexpr (bytes >= 32) {
-        Compute value;  // F16C, by hand: intrinsics would tie this template to one instruction set
-        asm("vcvtph2ps %1, %0" : "=v"(value) : "v"(narrow));
-        return value;
-      } else {
-        return host::half_to_float<Compute>(__builtin_convertvector(narrow, Bits));
-      }
-    } else {
-      Compute value;
-      std::memcpy(&value, from, sizeof(value));
-      return value;
-    }
-  }
-
-  static NNFAST_INLINE void store(T* to, Compute value) {
-    if constexpr (sizeof(T) == 2) {
-      using Narrow = typename VectorOf<uint16_t, bytes / 2>::type;
-      Narrow narrow;
-      if constexpr (std::is_same_v<T, BFloat16>)
-        narrow = __builtin_convertvector(host::float_to_bfloat16<Bits>(value), Narrow);
-      else if constexpr (bytes >= 32)
-        asm("vcvtps2ph $0, %1, %0" : "=v"(narrow) : "v"(value));
-      else
-        narrow = __builtin_convertvector(host::float_to_half<Bits>(value), Narrow);
-      std::memcpy(to, &narrow, sizeof(narrow));
-    } else {
-      std::memcpy(to, &value, sizeof(value));
-    }
-  }
-
- private:
   using Bits = typename Lanes<Compute>::Bits;
+  static constexpr int parts = std::is_same_v<T, BFloat16> ? 2 : 1;
+  static constexpr int lanes = parts * bytes / sizeof(typename Scalar<T>::Compute);
+  Compute part[parts];
+
+  static NNFAST_INLINE Pack load(const T* from) {
+    Pack pack;
+    typename VectorOf<uint8_t, lanes * sizeof(T)>::type memory;
+    std::memcpy(&memory, from, sizeof(memory));
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const Bits both = __builtin_bit_cast(Bits, memory);
+      pack.part[0] = __builtin_bit_cast(Compute, both << 16);
+      pack.part[1] = __builtin_bit_cast(Compute, both & 0xffff0000u);
+    } else if constexpr (std::is_same_v<T, Half> && bytes >= 32) {
+      // F16C by hand: its intrinsics would tie this template to one instruction set.
+      asm("vcvtph2ps %1, %0" : "=v"(pack.part[0]) : "v"(memory));
+    } else if constexpr (std::is_same_v<T, Half>) {
+      const auto narrow = __builtin_bit_cast(typename VectorOf<uint16_t, sizeof(memory)>::type, memory);
+      pack.part[0] = host::half_to_float<Compute>(__builtin_convertvector(narrow, Bits));
+    } else {
+      pack.part[0] = __builtin_bit_cast(Compute, memory);
+    }
+    return pack;
+  }
+
+  NNFAST_INLINE void store(T* to) const {
+    typename VectorOf<uint8_t, lanes * sizeof(T)>::type memory;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const Bits even = host::round_to_bfloat16<Bits>(part[0]), odd = host::round_to_bfloat16<Bits>(part[1]);
+      memory = __builtin_bit_cast(decltype(memory), even >> 16 | (odd & 0xffff0000u));
+    } else if constexpr (std::is_same_v<T, Half> && bytes >= 32) {
+      asm("vcvtps2ph $0, %1, %0" : "=v"(memory) : "v"(part[0]));
+    } else if constexpr (std::is_same_v<T, Half>) {
+      using Narrow = typename VectorOf<uint16_t, sizeof(memory)>::type;
+      memory = __builtin_bit_cast(decltype(memory),
+                                  __builtin_convertvector(host::float_to_half<Bits>(part[0]), Narrow));
+    } else {
+      memory = __builtin_bit_cast(decltype(memory), part[0]);
+    }
+    std::memcpy(to, &memory, sizeof(memory));
+  }
 };
 
 enum class Isa { generic, avx2, avx512 };
@@ -105,10 +107,13 @@ __attribute__((target("avx2,fma,f16c"))) void run_avx2(const Loop& loop, int64_t
 // Calls loop.run<bytes>(begin, end) on parts of [0, n) in parallel. run is NNFAST_INLINE.
 template <class Loop>
 void parallel(int64_t n, int64_t grain, const Loop& loop) {
-  auto run = [&loop](int64_t begin, int64_t end) {
+  const Isa chosen = isa();  // here: torch drops the message of what is thrown inside parallel_for
+  auto run = [&loop, chosen](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-    if (isa() == Isa::avx512) return run_avx512(loop, begin, end);
-    if (isa() == Isa::avx2) return run_avx2(loop, begin, end);
+    if (chosen == Isa::avx512) return run_avx512(loop, begin, end);
+    if (chosen == Isa::avx2) return run_avx2(loop, begin, end);
+#else
+    static_cast<void>(chosen);
 #endif
     loop.template run<16>(begin, end);
   };

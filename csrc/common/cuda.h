@@ -27,6 +27,17 @@ struct alignas(width * sizeof(T)) Vector {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// The dynamic shared memory of the block.
+template <class T>
+__device__ T* dynamic_shared() {
+#if defined(NNFAST_EMULATE_CUDA)
+  return reinterpret_cast<T*>(cuda_emulation::dynamic_shared.data());
+#else
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#endif
+}
+
 // Runs kernel(args...) on the device's current stream. Dynamic shared memory is `shared_bytes`.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
@@ -40,9 +51,12 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int thr
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   void* stream;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-      static_cast<Params>(args)...);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   if (error != cudaSuccess) fail("launch of ", name, " failed: ", cudaGetErrorString(error));
 #endif
 }

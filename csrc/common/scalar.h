@@ -56,11 +56,12 @@ NNFAST_INLINE Float bfloat16_to_float(Bits bfloat16) {
   return __builtin_bit_cast(Float, bfloat16 << 16);
 }
 
+// The bfloat16 is the upper half of the result.
 template <class Bits, class Float>
-NNFAST_INLINE Bits float_to_bfloat16(Float value) {
+NNFAST_INLINE Bits round_to_bfloat16(Float value) {
   const Bits bits = __builtin_bit_cast(Bits, value);
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? Bits{} + 0x7fc00000u : rounded;
 }
 
 }  // namespace host
@@ -100,7 +101,7 @@ struct Scalar<BFloat16> {
     return host::bfloat16_to_float<float>(uint32_t(value.bits));
   }
   static NNFAST_INLINE BFloat16 store(float value) {
-    return {uint16_t(host::float_to_bfloat16<uint32_t>(value))};
+    return {uint16_t(host::round_to_bfloat16<uint32_t>(value) >> 16)};
   }
 #endif
 };
