@@ -150,14 +150,14 @@ class Report:
 
 
 def _where(names: Iterable[str], most: int = 3) -> str:
-    """A few words for many names: indices become `*`, and only the first patterns are shown."""
-    every = list(names)
+    """A few words for many names: numbers become `*`, and only the commonest patterns are shown."""
     patterns: dict[str, list[str]] = {}
-    for name in every:
+    for name in names:
         patterns.setdefault(re.sub(r"\d+", "*", name), []).append(name or "the model itself")
-    shown = [same[0] if len(same) == 1 else pattern for pattern, same in patterns.items()]
-    rest = sum(len(same) for same in list(patterns.values())[most:])
-    return ", ".join(shown[:most]) + (f" and {_count(rest, 'place')} more" if rest else "")
+    same = sorted(patterns.items(), key=lambda item: -len(item[1]))
+    shown = ", ".join(found[0] if len(found) == 1 else pattern for pattern, found in same[:most])
+    rest = sum(len(found) for _, found in same[most:])
+    return shown + (f" and {_count(rest, 'place')} more" if rest else "")
 
 
 def _count(number: int, thing: str) -> str:

@@ -47,7 +47,7 @@ def modules(module: nn.Module) -> list[Proposal]:
         alike = (
             _LOOKS_ALIKE.search(cls.__name__) and not _OTHERS.search(cls.__name__) and not _is_block(module)
         )
-        reason = f"its forward is not exactly x * sigmoid(x) or x * tanh(softplus(x)): {obstacle}"
+        reason = f"forward is not exactly x * sigmoid(x) or x * tanh(softplus(x)): {obstacle}"
         return [Proposal(public_name(cls), reasons=(reason, *_obstacles(module)))] if alike else []
     new, formula = FORMULAS[term]
     reasons = _obstacles(module)
@@ -87,11 +87,11 @@ def _read(cls: type[nn.Module]) -> tuple[str, str]:
         return "", "the class has no forward of its own"
     code = forward.__code__
     if hasattr(forward, "__wrapped__") or code.co_freevars:
-        return "", "forward is decorated or a closure"
+        return "", "it is decorated or a closure"
     if code.co_argcount != 2 - static or code.co_kwonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
-        return "", "forward takes more than one input"
+        return "", "it takes more than one input"
     if foreign := _foreign_names(code, forward.__globals__):
-        return "", f"forward uses {', '.join(foreign)}"
+        return "", f"it uses {', '.join(foreign)}"
     try:
         result = forward(*[object()] * (not static), _Symbol("x"))
     except Exception as error:
@@ -99,7 +99,7 @@ def _read(cls: type[nn.Module]) -> tuple[str, str]:
     return (
         (result.term, f"it is {result.term}")
         if isinstance(result, _Symbol)
-        else ("", "forward is no formula of x")
+        else ("", "it is no formula of x")
     )
 
 
@@ -140,7 +140,7 @@ class _Symbol:
             raise TypeError(f"it multiplies by {other!r}")
         return _Symbol(f"mul({', '.join(sorted((self.term, other.term)))})")
 
-    mul = __mul__
+    mul = __rmul__ = __mul__
 
     def __imul__(self, other: object) -> _Symbol:
         raise TypeError("it writes to its input")
