@@ -38,7 +38,8 @@ def swap(model: nn.Module) -> Report:
     exactly `x * torch.sigmoid(x)` or `x * torch.tanh(F.softplus(x))` in any spelling, and the functions
     `F.silu` and `F.mish` where a module holds them as attributes. Modules stay the same objects with the same
     attributes, hooks and state_dict; so a module that another model shares is swapped there too, just as
-    `.eval()` would reach it. Swap before `torch.jit.script`, which cannot read nnfast's modules.
+    `.eval()` would reach it. Two things differ: called by keyword, an activation's argument is `input`; and
+    `torch.jit.script` cannot read nnfast's modules, so restore before it.
 
     Args:
         model: any module, wrapped (DDP, torch.compile, FX) or not. It may be an activation itself.

@@ -63,9 +63,12 @@ def new_class(module: nn.Module, new: type[nn.Module], reasons: list[str] | None
 def instance_reasons(module: nn.Module) -> list[str]:
     """What would make a module behave otherwise than its class says."""
     forward = type(module).forward
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
     reasons = []
     if "forward" in vars(module):
         reasons.append("its forward was set on this instance")
+    if vars(module).get("inplace") and "inplace" not in names:
+        reasons.append("it has a true attribute inplace, which its forward does not read")
     if getattr(forward, "__module__", None) != type(module).__module__:
         reasons.append(
             f"its class's forward was set from outside, by {getattr(forward, '__module__', forward)}"

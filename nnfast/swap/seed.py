@@ -33,7 +33,7 @@ _OTHERS = re.compile(r"hard", re.IGNORECASE)
 _EVERY_CLASS_HAS = {
     *vars(type("", (), {})),
     *("__init__", "forward", "extra_repr", "__annotations__", "__annotate__", "__annotate_func__"),
-    *("__constants__", "__firstlineno__", "__static_attributes__"),
+    *("__annotations_cache__", "__constants__", "__firstlineno__", "__static_attributes__"),
 }
 
 
@@ -72,8 +72,6 @@ def _obstacles(module: nn.Module) -> list[str]:
     for what in ("parameters", "buffers", "modules"):
         if names := list(getattr(module, f"_{what}")):
             reasons.append(f"it has {what} of its own: {', '.join(names)}")
-    if vars(module).get("inplace"):
-        reasons.append("it has a true attribute inplace, which its forward does not read")
     return reasons
 
 

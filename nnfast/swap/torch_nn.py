@@ -23,7 +23,7 @@ def modules(module: nn.Module) -> list[Proposal]:
         return new_class(module, new)
     if isinstance(module, torch.jit.ScriptModule):
         name = getattr(module, "original_name", "")
-        reason = f"it is a {type(module).__name__}, whose code is fixed; swap before scripting or tracing"
+        reason = f"it is a {type(module).__name__}, whose code is fixed"
         return [Proposal(name, reasons=(reason,))] if name in {old.__name__ for old in CLASSES} else []
     for base in CLASSES:
         if isinstance(module, base):

@@ -72,8 +72,16 @@ def two_inputs(self, x, y=None):
     return x * torch.sigmoid(x)
 
 
-def any_inputs(self, *x):
-    return x[0] * torch.sigmoid(x[0])
+def any_inputs(self, x, *more):
+    return x * torch.sigmoid(x)
+
+
+def any_names(self, x, **more):
+    return x * torch.sigmoid(x)
+
+
+def a_mode(self, x, *, mode=None):
+    return x * torch.sigmoid(x)
 
 
 def in_place(self, x):
@@ -132,6 +140,8 @@ UNLIKE = {
     "static with self": (staticmethod(in_two_steps), "more than one input"),
     "two inputs": (two_inputs, "more than one input"),
     "any inputs": (any_inputs, "more than one input"),
+    "any names": (any_names, "more than one input"),
+    "a mode": (a_mode, "more than one input"),
     "in place": (in_place, "writes to its input"),
     "by mode": (by_mode, "it uses training"),
     "effect": (with_effect, "it uses append, calls"),

@@ -127,12 +127,15 @@ def test_hooks_fire_and_handles_work(kind, cls):
 def test_references_elsewhere_see_the_swap():
     act = nn.Mish()
     model = nn.Sequential(act, nn.ModuleList([act]), nn.ModuleDict({"same": act}))
-    elsewhere, names = [act], {act: "known"}
+    elsewhere, names, other_model = [act], {act: "known"}, nn.Sequential(act)
     (entry,) = nnfast.swap(model).replaced
     assert entry.names == ("0", "1.0", "2.same")
     assert model[0] is model[1][0] is model[2]["same"] is elsewhere[0]
     assert names[model[0]] == "known"
     assert isinstance(act, nnfast.Mish)
+    assert nnfast.swap(other_model).replaced == ()  # one module: swapped wherever it is
+    nnfast.restore(other_model)
+    assert type(model[0]) is nn.Mish
 
 
 def test_optimizer_goes_on():
@@ -296,6 +299,10 @@ def test_a_hub_of_transformers_instances_and_functions():
 
 def test_timm_factories():
     timm = pytest.importorskip("timm")
+    stray = timm.layers.Mish()
+    stray.inplace = True
+    assert "true attribute inplace" in nnfast.swap(stray).kept[0].reasons[0]
+    assert nnfast.swap(timm.layers.Swish(inplace=True)).kept == ()
     names = ("silu", "swish", "mish", "hard_swish", "hard_mish", "relu")
     report = nnfast.swap(nn.ModuleList([timm.layers.get_act_layer(name)() for name in names]))
     assert [entry.names for entry in report.replaced] == [("0",), ("1",), ("2",)]
