@@ -131,7 +131,7 @@ CACHE = {}
 
 
 @pytest.fixture(params=MODELS)
-def case(request):
+def sample(request):
     """A model with weights of its own, an input, and what a report should count."""
     make, inputs, expected = MODELS[request.param]
     torch.manual_seed(0)
@@ -166,8 +166,8 @@ def assert_promise(ours, torchs, truth, floor=1e-6):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_same_numbers(case, backend):
-    model, x, _ = case
+def test_same_numbers(sample, backend):
+    model, x, _ = sample
     torchs, truth = run(model, x), run(model, x, torch.float64)
     nnfast.swap(model)
     if backend:
@@ -178,8 +178,8 @@ def test_same_numbers(case, backend):
     assert_promise(ours, torchs, truth)
 
 
-def test_report_counts_and_nnfast_serves(case):
-    model, x, expected = case
+def test_report_counts_and_nnfast_serves(sample):
+    model, x, expected = sample
     before = {name: value.data_ptr() for name, value in model.state_dict().items()}
     modules = dict(model.named_modules(remove_duplicate=False))
     model(x.clone())
@@ -194,8 +194,8 @@ def test_report_counts_and_nnfast_serves(case):
     assert dict(model.named_modules(remove_duplicate=False)) == modules  # names and identities
 
 
-def test_twice_and_back(case):
-    model, _, _ = case
+def test_twice_and_back(sample):
+    model, _, _ = sample
     before = state(model)
     first = nnfast.swap(model)
     swapped = state(model)
@@ -212,8 +212,8 @@ def test_twice_and_back(case):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
-def test_copies(case, how):
-    model, x, _ = case
+def test_copies(sample, how):
+    model, x, _ = sample
     expected = model.eval()(x.clone())
     nnfast.swap(model)
     if how == "deepcopy":
@@ -234,8 +234,8 @@ def test_copies(case, how):
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
 
 
-def test_state_dict_of_either_loads_into_the_other(case):
-    model, _, _ = case
+def test_state_dict_of_either_loads_into_the_other(sample):
+    model, _, _ = sample
     twin = copy.deepcopy(model)
     nnfast.swap(model)
     assert list(model.state_dict()) == list(twin.state_dict())
@@ -244,8 +244,8 @@ def test_state_dict_of_either_loads_into_the_other(case):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_swap_before_and_after_bfloat16(case, order):
-    model, x, _ = case
+def test_swap_before_and_after_bfloat16(sample, order):
+    model, x, _ = sample
     torchs, truth = run(model, x, torch.bfloat16), run(model, x, torch.float64)
     if order == "before":
         nnfast.swap(model)
