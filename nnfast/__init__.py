@@ -3,7 +3,19 @@
 from . import functional
 from .activation.module import Mish, SiLU, Swish
 from .core.op import BackendError, Explanation, backend, explain
+from .swap import restore, swap
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "Explanation", "Mish", "SiLU", "Swish", "backend", "explain", "functional"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "Mish",
+    "SiLU",
+    "Swish",
+    "backend",
+    "explain",
+    "functional",
+    "restore",
+    "swap",
+]
