@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import nnfast
 
 ROOT = Path(__file__).parents[1]
 CACHE_BYTES = {"cpu": 0, "cuda": 256 << 20}
@@ -130,24 +133,19 @@ def _cpu_name() -> str:
 
 def digest(family: str) -> str:
     """Fingerprint of the sources that a family's figures depend on."""
-    paths = [ROOT / "csrc/common", ROOT / "csrc" / family, ROOT / "nnfast/core", ROOT / "nnfast" / family]
-    files = sorted(f for p in paths for f in p.rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".py"))
+    package = Path(nnfast.__file__).parent
     whole = hashlib.sha256()
-    for file in files:
-        whole.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    for folder in (ROOT / "csrc/common", ROOT / "csrc" / family, package / "core", package / family):
+        for file in sorted(f for f in folder.rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".py")):
+            whole.update(file.relative_to(folder.parents[1]).as_posix().encode() + b"\0" + file.read_bytes())
     return whole.hexdigest()[:16]
 
 
 def commit() -> str:
-    """The checkout's commit, with + if it is changed; "" outside a checkout."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
+    """The checkout's commit, + if it is changed; of a copy without git, what NNFAST_COMMIT says."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return os.environ.get("NNFAST_COMMIT") or done.stdout.strip()
 
 
 @dataclass

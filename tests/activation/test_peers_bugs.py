@@ -33,7 +33,7 @@ def test_offsets_are_64_bit_in_triton():
 
 
 def test_no_float_scalar_reaches_a_kernel():
-    """Liger-Kernel: a float argument of a Triton kernel becomes float64 under torch.compile: 108 us for 56."""
+    """Liger-Kernel: a float argument of a kernel becomes float64 under torch.compile: 108 us for 56."""
     import inspect
 
     from nnfast.activation import kernels
