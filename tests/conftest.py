@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 
 import nnfast
 from nnfast.core.op import OPS, triton_why_not
-from tests.ops import DTYPES, TABLE
+from tests.emulation.emulated import emulated_backend, has_compiler
+from tests.ops import DTYPES, TABLE, Case
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -51,11 +52,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
     if "run" in names:
         rows = [
-            pytest.param(case, Run(backend.name, device), id=f"{case.name}-{backend.name}-{device}")
+            pytest.param(case, run, id=f"{case.name}-{run}")
             for case in TABLE
             for device in DEVICES
-            for backend in OPS[case.name].backends
-            if not backend.why_not(case.samples[0](torch.float32, device))
+            for run in runs(case, device)
         ]
         metafunc.parametrize(("case", "run"), rows)
     elif "case" in names:
@@ -66,16 +66,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", DEVICES)
 
 
-class Run:
-    """One backend on one device."""
+def runs(case: Case, device: str) -> list[Run]:
+    """What can be forced for an operation on a device; on the cpu the emulated CUDA kernels too."""
+    x = case.samples[0](torch.float32, device)
+    found = [Run(b.name, device) for b in OPS[case.name].backends if not b.why_not(x)]
+    return found + [Run("cuda", "cpu", emulated=True)] * (device == "cpu" and has_compiler())
 
-    def __init__(self, backend: str, device: str) -> None:
-        self.backend, self.device = backend, device
+
+class Run:
+    """One backend on one device; emulated: the CUDA kernels, compiled for the host."""
+
+    def __init__(self, backend: str, device: str, emulated: bool = False) -> None:
+        self.backend, self.device, self.emulated = backend, device, emulated
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}{'-emulated' * self.emulated}"
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        with nnfast.backend(self.backend):
-            yield
+        ops = [OPS[case.name] for case in TABLE] if self.emulated else []
+        before = {op: op.backends for op in ops}
+        for op in ops:
+            op.backends = (emulated_backend(op.name), *op.backends[1:])
+        try:
+            with nnfast.backend(self.backend):
+                yield
+        finally:
+            for op, backends in before.items():
+                op.backends = backends
 
     def __call__(self, function: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
         with self.forced():

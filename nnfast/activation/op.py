@@ -38,13 +38,30 @@ _library = torch.library.Library("nnfast", "DEF")
 
 
 @dataclass(frozen=True)
-class _Kernels:
+class Kernels:
     """The three operators of one activation on one backend, and its differentiable derivative."""
 
     forward: Callable[[Tensor], Tensor]
     forward_: Callable[[Tensor], None]
     backward: Callable[[Tensor, Tensor], Tensor]
     reference_backward: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def define(cls, library: torch.library.Library, name: str, overload: str = "") -> Kernels:
+        """Give a library the schemas and fakes of an activation's operators."""
+        operators: list[Any] = []
+        for operator, arguments, result, fake in (
+            (name, "Tensor x", "Tensor", torch.empty_like),
+            (f"{name}_", "Tensor(a!) x", "()", lambda x: None),
+            (f"{name}_backward", "Tensor grad, Tensor x", "Tensor", lambda grad, x: torch.empty_like(x)),
+        ):
+            full_name = f"{operator}.{overload}" if overload else operator
+            library.define(f"{full_name}({arguments}) -> {result}")
+            torch.library.register_fake(f"{library.ns}::{full_name}", fake, lib=library)
+            packet = getattr(getattr(torch.ops, library.ns), operator)
+            operators.append(getattr(packet, overload or "default"))
+        forward, forward_, backward = operators
+        return cls(forward, forward_, backward, getattr(reference, f"{name}_backward"))
 
     def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """grad * activation'(x): by the kernel, or differentiable where that is asked for."""
@@ -63,11 +80,11 @@ class _Activate(torch.autograd.Function):
     """y = activation(x). Saves x alone."""
 
     @staticmethod
-    def forward(x: Tensor, kernels: _Kernels) -> Tensor:
+    def forward(x: Tensor, kernels: Kernels) -> Tensor:
         return kernels.forward(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Kernels], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Kernels], output: Tensor) -> None:
         x, ctx.kernels = inputs
         ctx.save_for_backward(x)
 
@@ -81,18 +98,18 @@ class _ActivateTransformed(_Activate):
     """The same under torch.func transforms and forward-mode differentiation."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Kernels], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Kernels], output: Tensor) -> None:
         _Activate.setup_context(ctx, inputs, output)
         ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
-        kernels: _Kernels = ctx.kernels
+        kernels: Kernels = ctx.kernels
         return kernels.reference_backward(tangent, x)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, kernels: _Kernels) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, kernels: Kernels) -> tuple[Tensor, int]:
         return _ActivateTransformed.apply(x, kernels), in_dims[0]  # type: ignore[no-untyped-call]
 
 
@@ -103,12 +120,12 @@ class _ActivateInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, original: Tensor, kernels: _Kernels) -> Tensor:
+    def forward(x: Tensor, original: Tensor, kernels: Kernels) -> Tensor:
         kernels.forward_(x)
         return x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Kernels], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Kernels], output: Tensor) -> None:
         x, original, ctx.kernels = inputs
         ctx.mark_dirty(x)
         ctx.save_for_backward(original)
@@ -119,7 +136,8 @@ class _ActivateInPlace(torch.autograd.Function):
         return ctx.kernels.gradient(grad, original), None, None
 
 
-def _run(kernels: _Kernels, x: Tensor, inplace: bool = False) -> Tensor:
+def run(kernels: Kernels, x: Tensor, inplace: bool = False) -> Tensor:
+    """Run an activation's operators on x, with whatever differentiation asks for."""
     differentiate = x.requires_grad and torch.is_grad_enabled()
     result = x
     if inplace and differentiate:
@@ -148,7 +166,7 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
 
 
-def _kernel_why_not(x: Tensor, inplace: bool) -> list[str]:
+def kernel_why_not(x: Tensor, inplace: bool) -> list[str]:
     """What none of our kernels takes."""
     reasons = []
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
@@ -168,6 +186,8 @@ def _kernel_why_not(x: Tensor, inplace: bool) -> list[str]:
 
 
 def _not_worth(name: str, backend: str, x: Tensor, inplace: bool = False) -> list[str]:
+    if backend == "triton" and x.is_cpu:
+        return ["interpreted: for tests, not for speed"]
     reasons = []
     grad = x.requires_grad and torch.is_grad_enabled()
     least = tuning.threshold(name, backend, grad)
@@ -182,7 +202,7 @@ def _not_worth(name: str, backend: str, x: Tensor, inplace: bool = False) -> lis
 
 
 def _library_why_not(name: str, device: str, x: Tensor, inplace: bool = False) -> list[str]:
-    reasons = _kernel_why_not(x, inplace)
+    reasons = kernel_why_not(x, inplace)
     if missing := extension.why_not(name, device.upper()):
         reasons.insert(0, missing)
     if not (x.is_cpu if device == "cpu" else x.is_cuda):
@@ -191,16 +211,10 @@ def _library_why_not(name: str, device: str, x: Tensor, inplace: bool = False) -
 
 
 def _triton_why_not(x: Tensor, inplace: bool = False) -> list[str]:
-    reasons = _kernel_why_not(x, inplace)
+    reasons = kernel_why_not(x, inplace)
     if missing := triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type):
         reasons.insert(0, missing)
     return reasons
-
-
-def _triton_not_worth(name: str, x: Tensor, inplace: bool = False) -> list[str]:
-    if x.is_cpu:
-        return ["interpreted: for tests, not for speed"]
-    return _not_worth(name, "triton", x, inplace)
 
 
 def _aten_why_not(name: str, x: Tensor, inplace: bool = False) -> list[str]:
@@ -209,23 +223,12 @@ def _aten_why_not(name: str, x: Tensor, inplace: bool = False) -> list[str]:
     return [f"x has dtype {x.dtype}; {name} needs a floating-point{' or complex' * (name == 'silu')} one"]
 
 
-def _define(name: str) -> None:
-    """Schemas, the reference as fallback of every device, Triton for GPUs, and fakes."""
-    for overload in ("", ".triton"):
-        _library.define(f"{name}{overload}(Tensor x) -> Tensor")
-        _library.define(f"{name}_{overload}(Tensor(a!) x) -> ()")
-        _library.define(f"{name}_backward{overload}(Tensor grad, Tensor x) -> Tensor")
+def _implement(name: str) -> None:
+    """The reference as fallback of every device, and Triton; what is compiled registers itself."""
     formula, derivative = getattr(reference, name), getattr(reference, f"{name}_backward")
 
-    def fallback_(x: Tensor) -> None:
+    def formula_(x: Tensor) -> None:
         x.copy_(formula(x))
-
-    for operator, implementation in (
-        (name, formula),
-        (f"{name}_", fallback_),
-        (f"{name}_backward", derivative),
-    ):
-        _library.impl(operator, implementation, "CompositeExplicitAutograd")
 
     def call(function: str, *tensors: Tensor) -> Any:
         if missing := triton_why_not(tensors[0].device.type):
@@ -234,17 +237,14 @@ def _define(name: str) -> None:
 
         return getattr(kernels, function)(name, *tensors)
 
-    for device in ("CUDA", "CPU"):
-        _library.impl(f"{name}.triton", partial(call, "forward"), device)
-        _library.impl(f"{name}_.triton", partial(call, "forward_"), device)
-        _library.impl(f"{name}_backward.triton", partial(call, "backward"), device)
-
-    for overload in ("", ".triton"):
-        torch.library.register_fake(f"nnfast::{name}{overload}", torch.empty_like, lib=_library)
-        torch.library.register_fake(f"nnfast::{name}_{overload}", lambda x: None, lib=_library)
-        torch.library.register_fake(
-            f"nnfast::{name}_backward{overload}", lambda grad, x: torch.empty_like(x), lib=_library
-        )
+    for operator, fallback, function in (
+        (name, formula, "forward"),
+        (f"{name}_", formula_, "forward_"),
+        (f"{name}_backward", derivative, "backward"),
+    ):
+        _library.impl(operator, fallback, "CompositeExplicitAutograd")
+        for device in ("CUDA", "CPU"):
+            _library.impl(f"{operator}.triton", partial(call, function), device)
 
 
 class Activation(Op):
@@ -259,27 +259,23 @@ class Activation(Op):
     def __init__(
         self, name: str, function: Callable[..., Tensor], builtin: Callable[[Tensor], Tensor]
     ) -> None:
-        _define(name)
         self.function, self.builtin, self.least = function, builtin, tuning.smallest(name)
-
-        def kernels(overload: str) -> _Kernels:
-            forward, forward_, backward = (
-                getattr(getattr(torch.ops.nnfast, name + part), overload) for part in ("", "_", "_backward")
-            )
-            return _Kernels(forward, forward_, backward, getattr(reference, f"{name}_backward"))
-
-        def library(device: str) -> Backend:
-            why_not, not_worth = (partial(f, name, device) for f in (_library_why_not, _not_worth))
-            return Backend(device, partial(_run, kernels("default")), why_not, not_worth)
-
-        triton = Backend(
-            "triton", partial(_run, kernels("triton")), _triton_why_not, partial(_triton_not_worth, name)
-        )
-        aten = Backend("aten", partial(_run_aten, function), partial(_aten_why_not, name))
-        plain = Backend(
-            "reference", partial(_run_reference, getattr(reference, name)), partial(_aten_why_not, name)
-        )
-        super().__init__(name, [library("cuda"), triton, library("cpu"), aten, plain])
+        compiled, triton = Kernels.define(_library, name), Kernels.define(_library, name, "triton")
+        self.kernels = {"cuda": compiled, "triton": triton, "cpu": compiled}
+        _implement(name)
+        capable: dict[str, Callable[..., list[str]]] = {
+            "cuda": partial(_library_why_not, name, "cuda"),
+            "triton": _triton_why_not,
+            "cpu": partial(_library_why_not, name, "cpu"),
+        }
+        ours = [
+            Backend(key, partial(run, self.kernels[key]), why_not, partial(_not_worth, name, key))
+            for key, why_not in capable.items()
+        ]
+        formula = getattr(reference, name)
+        theirs = {"aten": partial(_run_aten, function), "reference": partial(_run_reference, formula)}
+        why_not = partial(_aten_why_not, name)
+        super().__init__(name, ours + [Backend(key, run_it, why_not) for key, run_it in theirs.items()])
 
 
 def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:

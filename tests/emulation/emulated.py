@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,8 @@ CSRC = HERE.parents[1] / "csrc"
 sys.path.insert(0, str(CSRC))
 import toolchain  # noqa: E402
 
-ACTIVATIONS = ("silu", "mish")
-SCHEMAS = ["sum_blocks(Tensor x, bool dynamic) -> Tensor", "diverge(Tensor x, bool leave) -> ()"]
-for name in ACTIVATIONS:
-    SCHEMAS += [f"{name}(Tensor x) -> Tensor", f"{name}_(Tensor(a!) x) -> ()"]
-    SCHEMAS += [f"{name}_backward(Tensor grad, Tensor x) -> Tensor"]
+from nnfast.activation.op import Kernels, kernel_why_not, run  # noqa: E402
+from nnfast.core.op import Backend  # noqa: E402
 
 _library = torch.library.Library("nnfast_emulated", "DEF")
 
@@ -60,13 +58,28 @@ def build() -> Path:
 
 
 @functools.cache
+def has_compiler() -> bool:
+    """Whether the emulation can be built here."""
+    try:
+        return bool(toolchain.find_compiler())
+    except (RuntimeError, OSError):
+        return False
+
+
+@functools.cache
 def load_emulated():
     """torch.ops.nnfast_emulated, built once per state of the sources; skips without a compiler."""
-    try:
-        toolchain.find_compiler()
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"no C++ compiler: {error}")
-    for schema in SCHEMAS:
-        _library.define(schema)
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
+    _library.define("sum_blocks(Tensor x, bool dynamic) -> Tensor")
+    _library.define("diverge(Tensor x, bool leave) -> ()")
     torch.ops.load_library(build())
     return torch.ops.nnfast_emulated
+
+
+@functools.cache
+def emulated_backend(name: str) -> Backend:
+    """A `cuda` backend of an activation whose kernels run on cpu tensors."""
+    kernels = Kernels.define(_library, name)
+    load_emulated()
+    return Backend("cuda", partial(run, kernels), lambda x, inplace=False: kernel_why_not(x, inplace))

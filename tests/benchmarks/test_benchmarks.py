@@ -1,0 +1,159 @@
+"""The measuring itself: ratios, targets, staleness, tables from results, the one call for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, runner
+
+ROOT = Path(runner.ROOT)
+FACTS = {
+    "family": "activation",
+    "op": "mish",
+    "case": "mish forward float32 1,024",
+    "direction": "forward",
+    "dtype": "float32",
+    "numel": 1024,
+    "backend": "cpu",
+    "seconds": {"nnfast": 1e-3, "torch": 5e-3, "compile": 4e-3, "seed": 8e-3},
+    "bytes": 8 * 10**6,
+    "flops": 10**6,
+    "targets": {"torch": 5.0, "compile": 4.5},
+    "limits": {"copy_bytes_per_s": 16e9, "matmul_flop_per_s": 1e12},
+    "machine": {
+        "device": "a machine",
+        "driver": "",
+        "threads": "2",
+        "torch": "2.11.0",
+        "triton": "",
+        "python": "3.12",
+    },
+    "commit": "abc",
+    "date": "2026-01-01",
+}
+
+
+@pytest.fixture
+def result() -> runner.Result:
+    return runner.Result(**FACTS, digest=runner.digest("activation"))
+
+
+def test_ratios_bandwidth_and_targets(result):
+    assert result.ratio("torch") == 5.0
+    assert result.bandwidth == 8e9
+    assert result.share == 0.5
+    assert result.missed() == ["4.00x compile, promised 4.5x"]
+
+
+def test_a_result_survives_its_file(result, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text(result.line() + "\n")
+    assert runner.load(path) == [result]
+
+
+def test_figures_of_changed_kernels_are_stale(result):
+    assert not result.stale
+    assert "(stale)" not in runner.table([result])
+    old = replace(result, digest="0" * 16)
+    assert old.stale
+    assert "(stale)" in runner.table([old])
+    assert "(stale)" in report.short_table([old])
+
+
+def test_the_digest_follows_every_kernel_source(tmp_path, monkeypatch):
+    before = runner.digest("activation")
+    for folder, name in (("csrc/activation", "math.h"), ("csrc/common", "x.h"), ("csrc/focal_loss", "y.h")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text("")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    first = runner.digest("activation")
+    (tmp_path / "csrc/focal_loss/y.h").write_text("other")
+    assert runner.digest("activation") == first != before
+    (tmp_path / "csrc/activation/math.h").write_text("other")
+    assert runner.digest("activation") != first
+
+
+def test_compare_tells_a_slow_contender_from_a_fast_one():
+    found = runner.compare(
+        {"fast": lambda _: time.sleep(0.001), "slow": lambda _: time.sleep(0.004)}, [None], "cpu", 0.3, 5
+    )
+    assert 1.5 < found["slow"] / found["fast"] < 6
+
+
+def test_committed_tables_are_what_the_results_say():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_markers_keep_the_rest():
+    text = "a\n<!-- results:cpu -->\nold\n<!-- /results -->\nb\n<!-- results:gpu -->\n<!-- /results -->\n"
+    made = report.write_markers(text, "cpu", "new")
+    assert made == text.replace("old", "new")
+    assert report.write_markers(made, "gpu", "x").count("new") == 1
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory) -> Path:
+    """A dry run of gpu_check on a pure-Python wheel of this tree."""
+    folder = tmp_path_factory.mktemp("gpu_check")
+    env = {**os.environ, "NNFAST_EXTENSION": "0"}
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        folder / "wheels",
+    ]
+    built = subprocess.run([*wheel, ROOT], env=env, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = check(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def check(folder: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, ROOT / "benchmarks/gpu_check.py", "--wheels", folder / "wheels"]
+    return subprocess.run(
+        [*program, "--output", folder / "out", "--dry-run"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_gpu_check_goes_all_the_way_without_a_gpu(checked):
+    outcomes = [json.loads(line) for line in (checked / "out/outcomes.jsonl").read_text().splitlines()]
+    assert [o["name"] for o in outcomes] == ["info", "tests", "kernels", "benchmarks"]
+    assert "all results right" in (checked / "out/kernels.log").read_text()
+    assert len(runner.load(checked / "out/results.jsonl")) >= 4
+    summary = (checked / "out/summary.md").read_text()
+    assert summary.count("| passed |") == 4
+    assert "| mish forward float32 1,024" in summary
+
+
+def test_gpu_check_does_nothing_twice(checked):
+    again = check(checked)
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == 4
+
+
+def test_gpu_check_needs_a_wheel(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    done = check(tmp_path)
+    assert done.returncode != 0
+    assert "no nnfast-*.whl in" in done.stderr
