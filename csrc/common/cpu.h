@@ -50,6 +50,8 @@ struct Pack {
     return pack;
   }
 
+  // With `stream`, past the caches; `to` must be a multiple of `bytes` then.
+  template <bool stream>
   NNFAST_INLINE void store(T* to) const {
     typename VectorOf<uint8_t, lanes * sizeof(T)>::type memory;
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -64,9 +66,21 @@ struct Pack {
     } else {
       memory = __builtin_bit_cast(decltype(memory), part[0]);
     }
-    std::memcpy(to, &memory, sizeof(memory));
+    if constexpr (stream)
+      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<decltype(memory)*>(to)) : "v"(memory));
+    else
+      std::memcpy(to, &memory, sizeof(memory));
   }
 };
+
+// Whether results that a loop over `bytes` of input and output writes are better streamed past the caches:
+// they save reading what is overwritten, but whoever reads them next finds them in no cache. Measured on Zen
+// 5 with 32 MB of L3 and 2 threads: at 48 MB a sum over the results loses nothing and the loop gains 1.1
+// to 1.4x; at 32 MB the sum loses.
+inline bool worth_streaming(int64_t bytes) {
+  constexpr int64_t cache = 40 << 20, threads_per_cache = 8;
+  return bytes > cache && bytes > cache * ((torch::stable::get_num_threads() - 1) / threads_per_cache + 1);
+}
 
 enum class Isa { generic, avx2, avx512 };
 

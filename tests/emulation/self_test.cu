@@ -19,7 +19,7 @@ __global__ void block_sum(const double* x, double* total, bool dynamic) {
   sum = lane < warps ? partial[lane] : 0.0;
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_down_sync(~0u, sum, lanes);
   sum = __shfl_sync(~0u, sum, 0);
-  if (threadIdx.x == blockDim.x - 1) total[blockIdx.x] = sum;
+  if (threadIdx.x == 0) total[blockIdx.x] = sum;
 }
 
 __global__ void divergent_barrier(bool leave) {
