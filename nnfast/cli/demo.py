@@ -86,6 +86,10 @@ def _show(task: Task, args: argparse.Namespace) -> None:
     network = task.network().to(device)
     swapped = copy.deepcopy(network)
     report = nnfast.swap(swapped)
+    if not report.replaced:
+        raise CommandError(
+            f"there is nothing to compare: nnfast.swap replaced no module of {task.title}\n{report}"
+        )
     machine = _machine(device)
     heading = [
         ("data", f"{task.title}, {len(samples):,} images to train on and {len(held_out):,} held out"),
