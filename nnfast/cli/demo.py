@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where, how long, how."""
     add, natural = parser.add_argument, _whole(1)
     add("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--epochs", type=natural, default=4, metavar="N", help="default: 4")
+    add("--epochs", type=natural, default=5, metavar="N", help="default: 5")
     add("--steps", type=natural, metavar="N", help="most steps an epoch (default: as many as there are)")
     add("--batch-size", type=natural, default=64, metavar="N", help="default: 64")
     add(
