@@ -93,7 +93,7 @@ class Residual(nn.Module):
         return activated
 
 
-def residual_network(width: int = 24, classes: int = 10) -> nn.Module:
+def residual_network(width: int = 16, classes: int = 10) -> nn.Module:
     """For (N, 1, 28, 28): a residual stage at 28x28, one at 14x14, and a classifier with dropout."""
     return nn.Sequential(
         *_conv_bn(1, width),

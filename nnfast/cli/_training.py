@@ -62,7 +62,7 @@ class Side:
         begin = time.perf_counter()
         self.optimizer.zero_grad()
         loss = loss_of(self.model(batch.inputs), batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         _synchronize(batch.inputs)
         self.seconds.append(time.perf_counter() - begin)
@@ -219,7 +219,7 @@ def step_memory(model: nn.Module, loss: Loss, batch: Samples) -> int:
             model.zero_grad()
             torch.cuda.reset_peak_memory_stats(batch.inputs.device)
             before = torch.cuda.memory_allocated(batch.inputs.device)
-            loss(model(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+            loss(model(batch.inputs), batch.targets).backward()
             peak = torch.cuda.max_memory_allocated(batch.inputs.device) - before
         return peak
     kept: dict[int, int] = {}

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where, how long, how."""
     add, natural = parser.add_argument, _whole(1)
     add("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--epochs", type=natural, default=4, metavar="N", help="default: 4")
+    add("--epochs", type=natural, default=5, metavar="N", help="default: 5")
     add("--steps", type=natural, metavar="N", help="most steps an epoch (default: as many as there are)")
     add("--batch-size", type=natural, default=64, metavar="N", help="default: 64")
     add(
@@ -86,6 +86,10 @@ def _show(task: Task, args: argparse.Namespace) -> None:
     network = task.network().to(device)
     swapped = copy.deepcopy(network)
     report = nnfast.swap(swapped)
+    if not report.replaced:
+        raise CommandError(
+            f"there is nothing to compare: nnfast.swap replaced no module of {task.title}\n{report}"
+        )
     machine = _machine(device)
     heading = [
         ("data", f"{task.title}, {len(samples):,} images to train on and {len(held_out):,} held out"),
