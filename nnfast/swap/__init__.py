@@ -182,7 +182,7 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _proposals(module: nn.Module) -> list[Proposal]:
-    if type(module).__module__.split(".")[0] == "nnfast":
+    if hasattr(type(module), "nnfast_op"):
         return []
     return next(filter(None, (rule(module) for rule in RULES)), [])
 

@@ -17,12 +17,6 @@ from nnfast.cli import _tasks, _training, main
 from nnfast.cli._tasks import Mish, Samples, Swish
 from nnfast.cli._training import Side, step_memory
 
-needs_swap = pytest.mark.xfail(
-    not nnfast.swap(nn.Sequential(Mish())).replaced,
-    reason="nnfast.swap passes over every module defined inside the package nnfast, so the demo's too",
-    strict=True,
-)
-
 
 @pytest.fixture(scope="module")
 def small():
@@ -45,7 +39,6 @@ def networks():
     return written, swapped
 
 
-@needs_swap
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["demo", "--device", "cpu", "--epochs", "1", "--steps", "2", "--batch-size", "32"]
@@ -91,7 +84,6 @@ def test_same_network_twice_is_the_same_training(small):
     assert result.differences.written_error < 1e-3 * result.differences.change
 
 
-@needs_swap
 def test_swapped_keeps_the_numbers(small):
     written, swapped = networks()
     assert len(nnfast.swap(swapped).replaced) == 7
@@ -140,7 +132,6 @@ def test_memory_counts_each_storage_once():
     assert kept == 4 * (16 * 8 + 16 * 4)
 
 
-@needs_swap
 def test_swap_keeps_less_for_backward(small):
     written, swapped = networks()
     nnfast.swap(swapped)
@@ -148,7 +139,6 @@ def test_swap_keeps_less_for_backward(small):
     assert sizes[1] < 0.85 * sizes[0]
 
 
-@needs_swap
 def test_served_tells_what_explain_tells(small):
     written, swapped = networks()
     nnfast.swap(swapped)
@@ -159,7 +149,6 @@ def test_served_tells_what_explain_tells(small):
     assert any("'reference' is forced" in reason for reason in result.not_served)
 
 
-@needs_swap
 def test_forced_backend_that_cannot_serve(tmp_path, capsys):
     with nnfast.backend("cuda"):
         assert main(["demo", "--device", "cpu", "--steps", "1", "--output", str(tmp_path)]) == 2
