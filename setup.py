@@ -37,8 +37,7 @@ class _BuildExt(cpp.BuildExtension.with_options(no_python_abi_suffix=True)):
         self.facts["compiler"] = self.attempt("cpu", toolchain.find_compiler)
         cuda = self.attempt("cuda", lambda: toolchain.find_compiler() and toolchain.find_cuda())
         if cuda and self.attempt("cuda", self.compile, *cuda):
-            self.facts |= {"cpu": True, "cuda": True, "cuda_version": cuda[1]}
-            self.facts["cuda_archs"] = cuda[2].split(";")
+            self.facts |= {"cpu": True, "cuda": True, "cuda_version": cuda[1], "cuda_archs": cuda[2].split(";")}
         elif self.facts["compiler"] and self.attempt("cpu", self.compile):
             self.facts["cpu"] = True
         else:
@@ -66,6 +65,7 @@ class _BuildExt(cpp.BuildExtension.with_options(no_python_abi_suffix=True)):
         self.facts = {"cpu": False, "cuda": False, "cuda_version": None, "cuda_archs": [], "left_out": {}}
         super().run()
         library = Path(self.get_ext_fullpath("nnfast._C"))
+        self.extensions or library.unlink(missing_ok=True)  # of an earlier build
         library.with_name("_build.json").write_text(json.dumps(self.facts, indent=1))
 
 

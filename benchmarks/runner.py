@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import nnfast
 
@@ -87,6 +88,26 @@ def compare(
 def rotation(make: Callable[[], Any], bytes_each: int, device: str) -> list[Any]:
     """As many fresh inputs as it takes to leave the device's cache behind; one on a CPU."""
     return [make() for _ in range(min(64, 1 + CACHE_BYTES[device] // max(bytes_each, 1)))]
+
+
+def forced(function: Callable[[Tensor], Tensor], backend: str) -> Callable[[Tensor], Tensor]:
+    """function, with a backend forced in every call."""
+
+    def run(x: Tensor) -> Tensor:
+        with nnfast.backend(backend):
+            return function(x)
+
+    return run
+
+
+def both_ways(function: Callable[[Tensor], Tensor]) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    """Forward and backward of function: from (x, upstream gradient) to the gradient of x."""
+
+    def run(pair: tuple[Tensor, Tensor]) -> Tensor:
+        x, grad = pair
+        return torch.autograd.grad(function(x), x, grad)[0]
+
+    return run
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import nnfast
-from benchmarks.runner import Result, compare, rotation
+from benchmarks.runner import Result, both_ways, compare, forced, rotation
 from nnfast.core.op import OPS
 from tests.ops import TABLE, Case
 
@@ -51,22 +51,6 @@ def peers(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
     except ImportError:
         return {}
     return {"timm": getattr(timm, {"mish": "mish_me", "silu": "swish_me"}[case.name])}
-
-
-def forced(function: Callable[[Tensor], Tensor], backend: str) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        with nnfast.backend(backend):
-            return function(x)
-
-    return run
-
-
-def both_ways(function: Callable[[Tensor], Tensor]) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
-    def run(pair: tuple[Tensor, Tensor]) -> Tensor:
-        x, grad = pair
-        return torch.autograd.grad(function(x), x, grad)[0]
-
-    return run
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -347,6 +347,34 @@ def test_bad_input_is_named_and_unchanged(case: Case, run):
     assert torch.equal(leaf, before)
 
 
+def test_subclasses_take_torchs_own_unless_forced(case: Case):
+    class Meter(torch.Tensor):
+        """A subclass that sees which functions are called with it."""
+
+        seen: list = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x = torch.randn(1 << 15).as_subclass(Meter)
+    assert type(case.ours(x)) is Meter
+    assert Meter.seen[0] is case.torchs
+    with (
+        nnfast.backend("triton"),
+        pytest.raises(nnfast.BackendError, match="x is a Meter; our kernels take plain"),
+    ):
+        case.ours(x)
+
+
+def test_lazily_negated_input(case: Case, run):
+    """The imaginary part of a lazy conjugate holds its elements negated."""
+    x = torch.randn(50, dtype=torch.complex64, device=run.device).conj().imag
+    assert x.is_neg()
+    assert_close(run(case.ours, x), case.torchs(x))
+
+
 @pytest.mark.gpu
 def test_cuda_graph(case: Case, run):
     if run.device != "cuda":

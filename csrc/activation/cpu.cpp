@@ -21,7 +21,8 @@ struct Loop {
       if (stream && begin + ahead < end) {
         part<bytes>(begin, begin + ahead);
         vectors<bytes, true>(begin + ahead, end);
-        return __builtin_ia32_sfence();
+        asm volatile("sfence" ::: "memory");
+        return;
       }
     }
     vectors<bytes, false>(begin, end);

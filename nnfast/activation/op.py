@@ -80,13 +80,10 @@ class _Activate(torch.autograd.Function):
     """y = activation(x). Saves x alone."""
 
     @staticmethod
-    def forward(x: Tensor, kernels: Kernels) -> Tensor:
-        return kernels.forward(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Kernels], output: Tensor) -> None:
-        x, ctx.kernels = inputs
+    def forward(ctx: Any, x: Tensor, kernels: Kernels) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(x)
+        return kernels.forward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -94,13 +91,24 @@ class _Activate(torch.autograd.Function):
         return ctx.kernels.gradient(grad, x), None
 
 
-class _ActivateTransformed(_Activate):
-    """The same under torch.func transforms and forward-mode differentiation."""
+_activate = super(torch.autograd.Function, _Activate).apply
+"""`_Activate.apply` without its wrapper in Python, which only transforms need."""
+
+
+class _ActivateTransformed(torch.autograd.Function):
+    """The same under torch.func transforms and forward-mode differentiation, which need another form."""
+
+    @staticmethod
+    def forward(x: Tensor, kernels: Kernels) -> Tensor:
+        return kernels.forward(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Kernels], output: Tensor) -> None:
-        _Activate.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0])
+        x, ctx.kernels = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    backward = _Activate.backward
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -120,15 +128,12 @@ class _ActivateInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, original: Tensor, kernels: Kernels) -> Tensor:
-        kernels.forward_(x)
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Kernels], output: Tensor) -> None:
-        x, original, ctx.kernels = inputs
+    def forward(ctx: Any, x: Tensor, original: Tensor, kernels: Kernels) -> Tensor:
+        ctx.kernels = kernels
         ctx.mark_dirty(x)
         ctx.save_for_backward(original)
+        kernels.forward_(x)
+        return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -148,7 +153,7 @@ def run(kernels: Kernels, x: Tensor, inplace: bool = False) -> Tensor:
     elif _transformed():
         result = _ActivateTransformed.apply(x, kernels)  # type: ignore[no-untyped-call]
     elif differentiate:
-        result = _Activate.apply(x, kernels)  # type: ignore[no-untyped-call]
+        result = (_Activate.apply if is_compiling() else _activate)(x, kernels)  # type: ignore[no-untyped-call]
     else:
         result = kernels.forward(x)
     return result
@@ -202,19 +207,17 @@ def _not_worth(name: str, backend: str, x: Tensor, inplace: bool = False) -> lis
 
 
 def _library_why_not(name: str, device: str, x: Tensor, inplace: bool = False) -> list[str]:
-    reasons = kernel_why_not(x, inplace)
-    if missing := extension.why_not(name, device.upper()):
-        reasons.insert(0, missing)
+    reasons = []
     if not (x.is_cpu if device == "cpu" else x.is_cuda):
-        reasons.insert(0, _ELSEWHERE[device])
-    return reasons
+        reasons.append(_ELSEWHERE[device])
+    if missing := extension.why_not(name, device.upper()):
+        reasons.append(missing)
+    return reasons + kernel_why_not(x, inplace)
 
 
 def _triton_why_not(x: Tensor, inplace: bool = False) -> list[str]:
-    reasons = kernel_why_not(x, inplace)
-    if missing := triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type):
-        reasons.insert(0, missing)
-    return reasons
+    missing = triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
+    return [missing] * bool(missing) + kernel_why_not(x, inplace)
 
 
 def _aten_why_not(name: str, x: Tensor, inplace: bool = False) -> list[str]:
@@ -290,7 +293,7 @@ def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
     elif type(x) is Tensor and x.numel() < op.least and not inplace and forced_outside_compile() is None:
         return op.builtin(x)
     if type(x) is not Tensor:
-        if torch.overrides.has_torch_function_unary(x):
+        if torch.overrides.has_torch_function_unary(x) and forced() in (None, "aten"):
             return op.function(x, inplace)
         if not isinstance(x, Tensor):
             raise TypeError(f"nnfast.{op.name}: x is a {type(x).__name__}; it needs a torch.Tensor")
