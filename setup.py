@@ -37,18 +37,18 @@ class _BuildExt(cpp.BuildExtension.with_options(no_python_abi_suffix=True)):
         self.facts["compiler"] = self.attempt("cpu", toolchain.find_compiler)
         cuda = self.attempt("cuda", lambda: toolchain.find_compiler() and toolchain.find_cuda())
         if cuda and self.attempt("cuda", self.compile, *cuda):
-            self.facts |= {"cpu": True, "cuda": True, "cuda_version": cuda[1], "cuda_archs": cuda[2].split(";")}
+            self.facts |= {"cpu": True, "cuda": True, "cuda_version": cuda[1], "cuda_archs": cuda[2]}
         elif self.facts["compiler"] and self.attempt("cpu", self.compile):
             self.facts["cpu"] = True
         else:
             self.extensions.clear()
 
-    def compile(self, cuda_home="", version="", archs=""):
+    def compile(self, cuda_home="", version="", archs=()):
         library = self.extensions[0]
         library.sources = sorted(map(str, Path("csrc").glob("*/*.c*" if cuda_home else "*/*.cpp")))
         library.libraries = ["torch_cpu"] + ["cudart_static", "dl", "rt"] * bool(cuda_home)
         library.library_dirs = [*cpp.library_paths(), f"{cuda_home}/lib64"]
-        cpp.CUDA_HOME, os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_home, archs
+        cpp.CUDA_HOME, os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_home, ";".join(archs)
         file, log = tempfile.mkstemp(prefix="nnfast-build-", suffix=".log")
         ours = os.dup(1), os.dup(2)
         os.dup2(file, 1), os.dup2(file, 2)

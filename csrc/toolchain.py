@@ -42,6 +42,7 @@ def find_cuda():
     known, gpus = output(nvcc, "--list-gpu-code"), range(torch.cuda.device_count())
     archs = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus} or {"8.0", "9.0a", "10.0"}
     archs = [arch for arch in archs if "sm_" + arch.rstrip("a").replace(".", "") in known]
-    default = ";".join(sorted(archs, key=lambda arch: float(arch.rstrip("a")))) + "+PTX"
+    *others, newest = sorted(archs, key=lambda arch: float(arch.rstrip("a")))
     version = re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))[1]
-    return home, version, os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    asked_for = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    return home, version, [arch for arch in asked_for if arch] or [*others, f"{newest}+PTX"]

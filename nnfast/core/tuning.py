@@ -22,7 +22,7 @@ class Threshold:
 # (op, backend) -> Threshold. A pair that is not listed is never worth it unless forced.
 THRESHOLDS: dict[tuple[str, str], Threshold] = {
     ("silu", "cpu"): Threshold(no_grad=1 << 17, grad=1 << 18),
-    ("mish", "cpu"): Threshold(no_grad=1 << 11, grad=1 << 11),
+    ("mish", "cpu"): Threshold(no_grad=1 << 11, grad=1 << 12),
     ("silu", "cuda"): Threshold(no_grad=1 << 24, grad=1 << 24),
     ("mish", "cuda"): Threshold(no_grad=1 << 22, grad=1 << 22),
     ("silu", "triton"): Threshold(no_grad=NEVER, grad=NEVER),
