@@ -291,7 +291,10 @@ def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
         if forced() is None:
             return op.function(x, inplace)
     elif type(x) is Tensor and x.numel() < op.least and not inplace and forced_outside_compile() is None:
-        return op.builtin(x)
+        try:
+            return op.builtin(x)
+        except NotImplementedError:  # a dtype: what is needed is said below
+            pass
     if type(x) is not Tensor:
         if torch.overrides.has_torch_function_unary(x) and forced() in (None, "aten"):
             return op.function(x, inplace)
