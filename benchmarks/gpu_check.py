@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: tests, compute-sanitizer, benchmarks, and a page that sums it up.
 
-    python benchmarks/gpu_check.py --wheels DIR --output DIR [--quick] [--dry-run]
+    python benchmarks/gpu_check.py --wheels DIR --output DIR [--quick] [--dry-run] [--steps NAME ...]
 
 Installs the wheels (nnfast's, and any test requirement that the machine lacks) into a folder of its own,
 copies tests and benchmarks beside them, so that the installed package is what runs, and goes through the
@@ -23,6 +23,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+STEPS = ("info", "tests", "kernels", "benchmarks", *SANITIZERS)
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-rfE"]
 
 
@@ -47,10 +48,13 @@ def main() -> int:
         "--output", type=Path, required=True, help="folder for logs, result lines and summary.md"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="fits ten minutes: few benchmarks, no build tests"
+        "--quick", action="store_true", help="fits ten minutes: few benchmarks"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU, on little, to see that it works"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, default=STEPS, metavar="NAME", help=", ".join(STEPS)
     )
     arguments = parser.parse_args()
     output = arguments.output.resolve()
@@ -60,7 +64,8 @@ def main() -> int:
         environment = prepare(work, arguments.wheels.resolve())
         outcomes = {
             name: step(name, command, work, environment, output)
-            for name, command in steps(work, output, arguments.quick, arguments.dry_run).items()
+            for name, command in commands(output, arguments.quick, arguments.dry_run).items()
+            if name in arguments.steps
         }
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -90,19 +95,20 @@ def prepare(work: Path, wheels: Path) -> dict[str, str]:
     return environment
 
 
-def steps(work: Path, output: Path, quick: bool, dry_run: bool) -> dict[str, list[str]]:
-    """Name -> command, in order: what is most likely to matter first."""
+def commands(output: Path, quick: bool, dry_run: bool) -> dict[str, list[str]]:
+    """Step -> command, in order: what is most likely to matter first."""
     python = sys.executable
-    tests = ["tests", *["--ignore=tests/build"] * (quick or dry_run), *["-k", "exact and float32"] * dry_run]
+    of_the_checkout = ["--ignore=tests/build", "--ignore=tests/benchmarks"]
+    tests = ["tests", *of_the_checkout, *["-k", "exact and float32"] * dry_run]
     benchmarks = ["benchmarks", *["--quick"] * (quick or dry_run), *["-k", "1024 and float32"] * dry_run]
     found = {
         "info": [python, "-m", "nnfast", "info"],
         "tests": [python, *PYTEST, *tests],
         "kernels": [python, "-m", "benchmarks.sanitize"],
+        "benchmarks": [python, *PYTEST, *benchmarks, "--results", str(output / "results.jsonl")],
     }
     for tool in SANITIZERS if not dry_run else ():
         found[tool] = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *found["kernels"]]
-    found["benchmarks"] = [python, *PYTEST, *benchmarks, "--results", str(output / "results.jsonl")]
     return found
 
 
