@@ -47,9 +47,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for logs, result lines and summary.md"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="fits ten minutes: few benchmarks"
-    )
+    parser.add_argument("--quick", action="store_true", help="fits ten minutes: few benchmarks")
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU, on little, to see that it works"
     )
