@@ -391,6 +391,23 @@ def test_cuda_graph(case: Case, run):
     assert_close(y, case.torchs(x))
 
 
+def _is_compiled(run) -> bool:
+    on_gpu = run.backend == "triton" and run.device == "cuda"
+    return (run.backend in ("cpu", "cuda") and not run.emulated) or on_gpu
+
+
+@pytest.mark.parametrize("size", [100_003, 6_000_011])
+def test_many_elements(case: Case, run, dtype, size):
+    """Enough for several threads, and for results to be streamed past the caches; from an odd address."""
+    if not _is_compiled(run):
+        pytest.skip("not our compiled kernel: nothing else happens at this size")
+    x = torch.linspace(-20, 20, size + 1, device=run.device).to(dtype)[1:]
+    assert_close(run(case.ours, x), case.torchs(x))
+    grad = upstream(x)
+    with run.forced():
+        assert_close(gradient(case.ours, x, grad), gradient(case.torchs, x, grad))
+
+
 def _available_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -400,8 +417,7 @@ def _available_bytes(device: str) -> int:
 
 
 def test_more_than_2_to_31_elements(case: Case, run):
-    compiled = run.backend in ("cpu", "cuda") or (run.backend == "triton" and run.device == "cuda")
-    if not compiled or run.emulated:
+    if not _is_compiled(run):
         pytest.skip("not our compiled kernel")
     count = 2**31 + 4099
     if _available_bytes(run.device) < 3 * 2 * count:
