@@ -41,6 +41,11 @@ def test_shared_memory(reports):
     assert [r for r in reports if r["shared"] > 48 * 1024] == []
 
 
+def test_offsets_have_64_bits(reports):
+    """DeepSpeed#8590, fla#1080: a 32-bit product of program index and block wraps past 2**31 elements."""
+    assert {r["offsets"] for r in reports} == {64}
+
+
 def test_accesses_are_16_bytes_wide(reports):
     """Save float64 on AMD, whose 64 lanes take 8 bytes each, still whole lines."""
     narrow = [r for r in reports if not r["wide"]]

@@ -61,6 +61,15 @@ def compile_case(
 
 def resources(compiled: Any) -> dict[str, Any]:
     """Registers, bytes spilt to local memory, shared memory, and how wide the accesses are."""
+    return {"offsets": _offset_bits(compiled.asm["ttir"]), **_machine_code(compiled)}
+
+
+def _offset_bits(ttir: str) -> int:
+    """Bits of the narrowest integers that a pointer is moved by."""
+    return min(int(bits) for bits in re.findall(r"tt\.addptr .*, tensor<\d+xi(\d+)>", ttir))
+
+
+def _machine_code(compiled: Any) -> dict[str, Any]:
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         return {
