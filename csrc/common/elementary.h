@@ -1,10 +1,12 @@
-// exp for host and device. `Precise` is good to about one unit in the last place of T; `Fast` to the
-// precision of a half type. On the host T is float, double or a vector of them, and exp is straight-line
-// code: Cody-Waite reduction and a minimax polynomial, e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)
-// / 2.
+// exp, log and log1p for host and device. `Precise` is good to about one unit in the last place of T; `Fast`
+// to the precision of a half type. On the host T is float, double or a vector of them, and all is
+// straight-line code: Cody-Waite reduction and a minimax polynomial. e^x = 2^n e^r with n = round(x / ln 2),
+// |r| <= ln(2) / 2; log(2^n (1 + f)) = n ln 2 + 2 atanh(f / (2 + f)) with 1 + f between sqrt(1/2) and sqrt(2)
+// (fdlibm).
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -84,6 +86,71 @@ NNFAST_INLINE T exp(T x, const Element (&polynomial)[terms]) {
   return (p * r * r + r + 1) * scale;
 }
 
+template <class T>
+struct LogConstants;
+
+// sqrt_half: the bits of sqrt(1/2). integer_bits, or-ed to an integer below 2^mantissa_bits, makes a float of
+// integer + 2^mantissa_bits.
+template <>
+struct LogConstants<float> {
+  static constexpr uint32_t one = 0x3f800000, sqrt_half = 0x3f3504f3, integer_bits = 0x4b000000;
+  static constexpr float ln2_high = 6.9313812256e-1f, ln2_low = 9.0580006145e-6f;
+  static constexpr float least_normal = 0x1p-126f, upscale = 0x1p25f, upscale_bits = 25;
+  static constexpr int mantissa_bits = 23;
+  static constexpr float zero_exponent = 0x1p23f + 127;
+};
+
+template <>
+struct LogConstants<double> {
+  static constexpr uint64_t one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr uint64_t integer_bits = 0x4330000000000000;
+  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double least_normal = 0x1p-1022, upscale = 0x1p54, upscale_bits = 54;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double zero_exponent = 0x1p52 + 1023;
+};
+
+// 2 atanh(s) = 2 s + s z polynomial(z), z = s^2, highest power first.
+inline constexpr float log_polynomial[] = {0.24279078841f, 0.28498786688f, 0.40000972152f, 0.66666662693f};
+inline constexpr double log_polynomial_double[] = {
+    1.479819860511658591e-1, 1.531383769920937332e-1, 1.818357216161805012e-1, 2.222219843214978396e-1,
+    2.857142874366239149e-1, 3.999999999940941908e-1, 6.666666666666735130e-1};
+
+template <class T, class Element, int terms>
+NNFAST_INLINE T log(T x, const Element (&polynomial)[terms]) {
+  using Constants = LogConstants<Element>;
+  using Bits = typename Lanes<T>::Bits;
+  const T normal = x < Constants::least_normal ? x * Constants::upscale : x;
+  const Bits bits = __builtin_bit_cast(Bits, normal) + (Constants::one - Constants::sqrt_half);
+  const Bits exponent = bits >> Constants::mantissa_bits;
+  const T n = __builtin_bit_cast(T, exponent | Constants::integer_bits) - Constants::zero_exponent -
+              (x < Constants::least_normal ? T{} + Constants::upscale_bits : T{});
+  const T f = __builtin_bit_cast(T, bits - (exponent << Constants::mantissa_bits) + Constants::sqrt_half) - 1;
+  const T s = f / (2 + f), z = s * s, half_square = Element(0.5) * f * f;
+  T p = T{} + polynomial[0];
+  for (int i = 1; i < terms; ++i) p = p * z + polynomial[i];
+  const T result =
+      s * (half_square + p * z) + n * Constants::ln2_low - half_square + f + n * Constants::ln2_high;
+  constexpr Element infinity = std::numeric_limits<Element>::infinity();
+  const T at_most_zero = x == Element(0) ? T{} - infinity : T{} + std::numeric_limits<Element>::quiet_NaN();
+  return x > Element(0) ? (x < infinity ? result : x) : at_most_zero;
+}
+
+template <class T>
+NNFAST_INLINE T log(T x) {
+  if constexpr (std::is_same_v<typename Lanes<T>::Element, double>)
+    return log(x, log_polynomial_double);
+  else
+    return log(x, log_polynomial);
+}
+
+// For finite x > -1/2: what rounding 1 + x lost comes back through the derivative.
+template <class T>
+NNFAST_INLINE T log1p(T x) {
+  const T sum = 1 + x;
+  return log(sum) + (x - (sum - 1)) / sum;
+}
+
 }  // namespace host
 
 struct Precise {
@@ -100,6 +167,24 @@ struct Precise {
   }
 
   template <class T>
+  static NNFAST_INLINE T log(T x) {
+#if defined(__CUDA_ARCH__)
+    return ::log(x);
+#else
+    return host::log(x);
+#endif
+  }
+
+  template <class T>
+  static NNFAST_INLINE T log1p(T x) {
+#if defined(__CUDA_ARCH__)
+    return ::log1p(x);
+#else
+    return host::log1p(x);
+#endif
+  }
+
+  template <class T>
   static NNFAST_INLINE T divide(T a, T b) {
     return a / b;
   }
@@ -112,6 +197,25 @@ struct Fast {
     return __expf(x);
 #else
     return host::exp(x, host::fast_exp_polynomial);
+#endif
+  }
+
+  template <class T>
+  static NNFAST_INLINE T log(T x) {
+#if defined(__CUDA_ARCH__)
+    return __logf(x);
+#else
+    return host::log(x);
+#endif
+  }
+
+  // __logf is good to 4e-7 near 1, absolutely, so the series serves where the result is small.
+  template <class T>
+  static NNFAST_INLINE T log1p(T x) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(x) < 0x1p-8f ? x * (1 - x * (0.5f - x * 0.333333343f)) : __logf(1 + x);
+#else
+    return host::log1p(x);
 #endif
   }
 

@@ -1,8 +1,7 @@
-// The ops NAME, NAME_ and NAME_backward of a scalar function Fn (see activation/math.h) on a Device that
-// offers
-//   Device::forward<Fn>(const T* x, T* y, n, device_index)
-//   Device::backward<Fn>(const T* grad, const T* x, T* dx, n, device_index)
-// over n elements of dense memory, where an output may be the same memory as an input.
+// Elementwise ops on a Device that offers
+//   Device::map(name, fn, in, out, n, device_index)
+// out[i] = fn.apply<Math>(in[0][i], in[1][i], ...) for n elements of dense memory, where out may be one of
+// the inputs. And the ops NAME, NAME_ and NAME_backward of a scalar function Fn (see activation/math.h).
 #pragma once
 
 #include <string>
@@ -11,21 +10,57 @@
 
 namespace nnfast {
 
+// f's forward and backward as something that Device::map applies.
+template <class F>
+struct Forward {
+  F f;
+
+  template <class Math, class... T>
+  NNFAST_INLINE auto apply(T... inputs) const {
+    return f.template forward<Math>(inputs...);
+  }
+};
+
+template <class F>
+struct Backward {
+  F f;
+
+  template <class Math, class... T>
+  NNFAST_INLINE auto apply(T... inputs) const {
+    return f.template backward<Math>(inputs...);
+  }
+};
+
+// fn(inputs...) as a new tensor like x. All have one shape and the dtype that T stands for.
+template <class Device, class T, class Fn, size_t inputs>
+Tensor map(const char* name, const Fn& fn, const Tensor& x, const Tensor* const (&from)[inputs]) {
+  const Tensor out = new_like(x);
+  Tensor copies[inputs];
+  bool out_is_free = true;  // to hold the first input that needs another layout
+  const T* in[inputs];
+  for (size_t i = 0; i < inputs; ++i) {
+    const bool fits = same_layout(*from[i], out);
+    copies[i] = fits ? *from[i] : copied(out_is_free ? out : new_like(out), *from[i]);
+    out_is_free &= fits;
+    in[i] = static_cast<const T*>(copies[i].const_data_ptr());
+  }
+  Device::map(name, fn, in, static_cast<T*>(out.mutable_data_ptr()), x.numel(), x.get_device_index());
+  return out;
+}
+
 template <class Device, class Fn>
 struct Elementwise {
   static Tensor forward(const Tensor& x) {
     return dispatch(Fn::name, x, [&](auto element) {
-      Tensor y = new_like(x);
-      run(same_layout(x, y) ? x : copied(y, x), y, element);
-      return y;
+      return map<Device, decltype(element)>(Fn::name, Forward<Fn>{}, x, {&x});
     });
   }
 
   static void forward_(const Tensor& x) {
     dispatch(Fn::name, x, [&](auto element) {
-      if (is_dense(x)) return run(x, x, element);
+      if (is_dense(x)) return in_place(x, element);
       const Tensor y = copied(new_like(x), x);
-      run(y, y, element);
+      in_place(y, element);
       copied(x, y);
     });
   }
@@ -33,15 +68,7 @@ struct Elementwise {
   static Tensor backward(const Tensor& grad, const Tensor& x) {
     check_like(Fn::name, "grad", grad, x);
     return dispatch(Fn::name, x, [&](auto element) {
-      using T = decltype(element);
-      Tensor dx = new_like(x);
-      const bool x_fits = same_layout(x, dx);
-      const Tensor input = x_fits ? x : copied(dx, x);
-      const Tensor upstream = same_layout(grad, dx) ? grad : copied(x_fits ? dx : new_like(dx), grad);
-      Device::template backward<Fn>(static_cast<const T*>(upstream.const_data_ptr()),
-                                    static_cast<const T*>(input.const_data_ptr()),
-                                    static_cast<T*>(dx.mutable_data_ptr()), x.numel(), x.get_device_index());
-      return dx;
+      return map<Device, decltype(element)>(Fn::name, Backward<Fn>{}, x, {&grad, &x});
     });
   }
 
@@ -54,10 +81,10 @@ struct Elementwise {
 
  private:
   template <class T>
-  static void run(const Tensor& x, const Tensor& y, T) {
-    T* const out = static_cast<T*>(y.mutable_data_ptr());  // first: it may move copy-on-write memory
-    Device::template forward<Fn>(static_cast<const T*>(x.const_data_ptr()), out, x.numel(),
-                                 x.get_device_index());
+  static void in_place(const Tensor& x, T) {
+    T* const out = static_cast<T*>(x.mutable_data_ptr());
+    const T* const in[] = {out};
+    Device::map(Fn::name, Forward<Fn>{}, in, out, x.numel(), x.get_device_index());
   }
 };
 
