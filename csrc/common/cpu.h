@@ -4,6 +4,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
@@ -80,6 +84,18 @@ struct Pack {
 inline bool worth_streaming(int64_t bytes) {
   constexpr int64_t cache = 40 << 20, threads_per_cache = 8;
   return bytes > cache && bytes > cache * ((torch::stable::get_num_threads() - 1) / threads_per_cache + 1);
+}
+
+// Asks for huge pages behind a new output: first touches of 4 KB pages, one fault each, took most of a
+// backward's time (64 MB filled in 3.6 ms instead of 20, on Zen 5 with 2 threads).
+inline void expect_writes(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t page = 4096, huge_page = 2 << 20;
+  if (bytes < 2 * huge_page) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
+#endif
 }
 
 enum class Isa { generic, avx2, avx512 };

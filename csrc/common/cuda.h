@@ -7,11 +7,17 @@
 #include "common/check.h"
 #include "common/scalar.h"
 
+// NNFAST_DEVICE_CHECK ends the kernel with the message, a string literal, where the condition does not hold.
 #if defined(NNFAST_EMULATE_CUDA)
 #include "cuda_emulation.h"
+#define NNFAST_DEVICE_CHECK(condition, message) nnfast::check(condition, message)
 #define NNFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(nnfast_emulated, CPU, m)
 #else
+#undef NDEBUG
 #include <cuda_runtime.h>
+
+#include <cassert>
+#define NNFAST_DEVICE_CHECK(condition, message) assert((condition) && message)
 #define NNFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(nnfast, CUDA, m)
 // Weak: the CPU build of torch has no such function, and the library must load there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,

@@ -1,6 +1,7 @@
 // Elementwise functions over dense memory on the CPU.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "common/cpu.h"
@@ -75,11 +76,10 @@ struct Device {
 
   template <class Fn, class T, size_t inputs>
   static void map(const char*, const Fn& fn, const T* const (&in)[inputs], T* out, int64_t n, int32_t) {
-    Map<Fn, T, inputs> loop{fn, {}, out, worth_streaming((inputs + 1) * n * sizeof(T))};
-    for (size_t k = 0; k < inputs; ++k) {
-      loop.in[k] = in[k];
-      loop.stream &= in[k] != out;
-    }
+    const bool in_place = std::find(in, in + inputs, out) != in + inputs;
+    Map<Fn, T, inputs> loop{fn, {}, out, !in_place && worth_streaming((inputs + 1) * n * sizeof(T))};
+    std::copy_n(in, inputs, loop.in);
+    if (!in_place) expect_writes(out, n * sizeof(T));
     parallel(n, grain, loop);
   }
 };

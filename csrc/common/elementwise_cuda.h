@@ -1,5 +1,6 @@
 // Elementwise functions over dense memory on CUDA. A thread has `accesses` independent vectors of each input
 // in flight, of 16 bytes where the pointers allow it: 2048 threads x 2 x 16 bytes = 64 KB a multiprocessor.
+// Three inputs make one access of each enough, and leave registers for what is computed.
 #pragma once
 
 #include <utility>
@@ -8,7 +9,10 @@
 
 namespace nnfast::cuda {
 
-constexpr int threads = 256, accesses = 2;
+constexpr int threads = 256;
+
+template <int inputs>
+constexpr int accesses_of = inputs < 3 ? 2 : 1;
 
 template <class T, int inputs>
 struct Inputs {
@@ -26,6 +30,7 @@ template <class Fn, int width, class T, int inputs>
 __global__ void __launch_bounds__(threads) elementwise(Fn fn, Inputs<T, inputs> from, T* out, int64_t n) {
   using V = Vector<T, width>;
   using Each = std::make_index_sequence<inputs>;
+  constexpr int accesses = accesses_of<inputs>;
   const int64_t start = (int64_t(blockIdx.x) * accesses * threads + threadIdx.x) * width;
   V x[accesses][inputs] = {};
   NNFAST_UNROLL
@@ -70,7 +75,7 @@ struct Device {
       from.in[k] = in[k];
       aligned &= is_aligned(in[k]);
     }
-    const int64_t block = int64_t(threads) * accesses * (aligned ? vector : 1);
+    const int64_t block = int64_t(threads) * accesses_of<count> * (aligned ? vector : 1);
     const auto kernel = aligned ? elementwise<Fn, vector, T, count> : elementwise<Fn, 1, T, count>;
     launch(name, kernel, (n + block - 1) / block, threads, 0, device_index, fn, from, out, n);
   }

@@ -241,21 +241,30 @@ struct TiledRows {
     }
   }
 
+  template <bool out>
+  NNFAST_INLINE void move(Compute& in_tile, int64_t at) const {
+    if constexpr (out)
+      dx[at] = Scalar<T>::store(in_tile);
+    else
+      in_tile = Scalar<T>::load(rows.x[at]);
+  }
+
   // Between the tile and the classes from `c` on of x, or, with `out`, of dx.
   template <bool out>
   NNFAST_INLINE void copy(Tile& tile, int64_t c) const {
     const int64_t classes = std::min<int64_t>(depth, rows.classes - c);
+    if (rows.inner == 1) {
+      int64_t at = tile.row * rows.classes + c;
+      for (int64_t i = 0; i < tile.count; ++i, at += rows.classes)
+        for (int64_t j = 0; j < classes; ++j) move<out>(tile.x[j][i], at + j);
+      return;
+    }
     for (int64_t i = 0; i < tile.count;) {
       const int64_t row = tile.row + i;
-      const int64_t run = std::min(tile.count - i, rows.inner == 1 ? 1 : rows.inner - row % rows.inner);
+      const int64_t run = std::min(tile.count - i, rows.inner - row % rows.inner);
       int64_t at = rows.first(row) + c * rows.inner;
       for (int64_t j = 0; j < classes; ++j, at += rows.inner)
-        for (int64_t k = 0; k < run; ++k) {
-          if constexpr (out)
-            dx[at + k] = Scalar<T>::store(tile.x[j][i + k]);
-          else
-            tile.x[j][i + k] = Scalar<T>::load(rows.x[at + k]);
-        }
+        for (int64_t k = 0; k < run; ++k) move<out>(tile.x[j][i + k], at + k);
       i += run;
     }
   }
@@ -328,6 +337,7 @@ struct FocalDevice : Device {
   static void run(const SoftmaxRows<T>& rows, const typename Scalar<T>::Compute* grad,
                   typename Scalar<T>::Compute* loss, T* dx) {
     BadTarget bad;
+    if (Backward) expect_writes(dx, rows.rows * rows.classes * sizeof(T));
     const int64_t grain = std::max<int64_t>(1, elements / std::max<int64_t>(1, rows.classes));
     if (rows.inner == 1 && rows.classes >= long_row) {
       const bool stream = Backward && worth_streaming(2 * rows.rows * rows.classes * sizeof(T));

@@ -1,0 +1,246 @@
+// The focal loss on CUDA. A contiguous row belongs to 8 or 32 threads or to a block, by its length, and is
+// read in 16-byte vectors where they are aligned; a strided row belongs to one thread, neighbours side by side.
+#include "common/elementwise_cuda.h"
+#include "focal_loss/ops.h"
+
+namespace nnfast::cuda {
+
+template <class T>
+using ComputeOf = typename Scalar<T>::Compute;
+
+// The row's target, or -1 where it is to be ignored.
+template <class T>
+__device__ int64_t class_of(const SoftmaxRows<T>& rows, int64_t row) {
+  const int64_t target = rows.target[row];
+  if (target == rows.ignore_index) return -1;
+  NNFAST_DEVICE_CHECK(rows.is_class(target),
+                      "softmax_focal_loss: a target is neither a class of x nor ignore_index");
+  return target;
+}
+
+// `lanes` threads that share a row: part of a warp, a warp, or the whole block.
+template <class T, int lanes>
+struct Team {
+  using Compute = ComputeOf<T>;
+  using Math = typename Scalar<T>::Math;
+
+  static __device__ void add(RunningSum<Compute>& a, Compute maximum, Compute sum) {
+    RunningSum<Compute> b{maximum, sum};
+    const Compute most = max(a.maximum, maximum);
+    a.template raise<Math>(most);
+    b.template raise<Math>(most);
+    a.sum += b.sum;
+  }
+
+  // Every thread returns the same.
+  static __device__ RunningSum<Compute> reduce(RunningSum<Compute> mine) {
+    constexpr int in_warp = lanes < 32 ? lanes : 32;
+    NNFAST_UNROLL
+    for (int apart = in_warp / 2; apart > 0; apart /= 2)
+      add(mine, __shfl_xor_sync(~0u, mine.maximum, apart), __shfl_xor_sync(~0u, mine.sum, apart));
+    if constexpr (lanes > 32) {
+      __shared__ Compute maxima[lanes / 32], sums[lanes / 32];
+      if (threadIdx.x % 32 == 0) {
+        maxima[threadIdx.x / 32] = mine.maximum;
+        sums[threadIdx.x / 32] = mine.sum;
+      }
+      __syncthreads();
+      mine = {maxima[0], sums[0]};
+      NNFAST_UNROLL
+      for (int warp = 1; warp < lanes / 32; ++warp) add(mine, maxima[warp], sums[warp]);
+    }
+    return mine;
+  }
+
+  // Adds count elements from x[0], x[stride] on, classes `c` on, but not the target's. `Known`: the maximum
+  // stays what it is.
+  template <int count, bool Known>
+  static __device__ void take(RunningSum<Compute>& running, const Compute (&x)[count], int64_t c,
+                              int64_t target) {
+    if constexpr (!Known) {
+      Compute most = x[0];
+      NNFAST_UNROLL
+      for (int e = 1; e < count; ++e) most = max(x[e], most);
+      running.template raise<Math>(most);
+    }
+    NNFAST_UNROLL
+    for (int e = 0; e < count; ++e)
+      running.sum += c + e == target ? Compute(0) : Math::exp(x[e] - running.maximum);
+  }
+};
+
+template <class T, class Compute>
+__device__ void write_row(const SoftmaxRows<T>& rows, Compute* loss, int64_t row, int64_t target,
+                          const RunningSum<Compute>& running) {
+  if (target < 0) {
+    loss[row] = 0;
+    rows.log_sum_exp[row] = running.maximum + Precise::log(running.sum);
+    return;
+  }
+  const Compute x = Scalar<T>::load(rows.x[rows.first(row) + target * rows.inner]);
+  const TargetClass<Compute> at(x - running.maximum, running.sum);
+  loss[row] = at.loss(rows.power, rows.alpha ? rows.alpha[target] : Compute(1));
+  rows.log_sum_exp[row] = running.maximum + Precise::log(at.sum);
+}
+
+// What a row's gradient needs: exp(x_j - shift) * scale at every class but the target, at_target there.
+template <class T>
+struct Slope {
+  using Compute = ComputeOf<T>;
+  Compute shift, scale, at_target;
+  int64_t target;
+
+  // Normalised anew: log_sum_exp is rounded, and p with it by as much as |log_sum_exp| is large.
+  __device__ Slope(const SoftmaxRows<T>& rows, const Compute* grad, int64_t row, int64_t target,
+                   Compute shift, Compute others)
+      : shift(shift), scale(0), at_target(0), target(target) {
+    if (target < 0) return;
+    const Compute x = Scalar<T>::load(rows.x[rows.first(row) + target * rows.inner]);
+    const TargetClass<Compute> at(x - shift, others);
+    const Compute k = grad[row] * at.slope(rows.power, rows.alpha ? rows.alpha[target] : Compute(1));
+    scale = k / at.sum;
+    at_target = -k * at.q;
+  }
+
+  __device__ T of(T x, int64_t c) const {
+    using S = Scalar<T>;
+    if (target < 0) return S::store(0);
+    return S::store(c == target ? at_target : S::Math::exp(S::load(x) - shift) * scale);
+  }
+};
+
+// Threads of rows past the end take part in the shuffles, with nothing to add.
+template <class T, int lanes, int width, bool Known>
+__device__ RunningSum<ComputeOf<T>> sum_others(const SoftmaxRows<T>& rows, int64_t row, int64_t target,
+                                               RunningSum<ComputeOf<T>> running) {
+  if (row < rows.rows) {
+    const T* const x = rows.x + row * rows.classes;
+    for (int64_t c = threadIdx.x % lanes * width; c < rows.classes; c += lanes * width) {
+      const auto vector = *reinterpret_cast<const Vector<T, width>*>(x + c);
+      ComputeOf<T> values[width];
+      NNFAST_UNROLL
+      for (int e = 0; e < width; ++e) values[e] = Scalar<T>::load(vector.element[e]);
+      Team<T, lanes>::template take<width, Known>(running, values, c, target);
+    }
+  }
+  return Team<T, lanes>::reduce(running);
+}
+
+template <class T, int lanes, int width>
+__global__ void __launch_bounds__(threads) forward_rows(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
+  const int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
+  const int64_t target = row < rows.rows ? class_of(rows, row) : -1;
+  const auto running = sum_others<T, lanes, width, false>(rows, row, target, {});
+  if (row < rows.rows && threadIdx.x % lanes == 0) write_row(rows, loss, row, target, running);
+}
+
+template <class T, int lanes, int width>
+__global__ void __launch_bounds__(threads)
+    backward_rows(SoftmaxRows<T> rows, const ComputeOf<T>* grad, T* dx) {
+  using V = Vector<T, width>;
+  const int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
+  const int64_t target = row < rows.rows ? class_of(rows, row) : -1;
+  const ComputeOf<T> shift = row < rows.rows ? rows.log_sum_exp[row] : ComputeOf<T>(0);
+  const auto running = sum_others<T, lanes, width, true>(rows, row, target, {shift, 0});
+  if (row >= rows.rows) return;
+  const Slope<T> slope(rows, grad, row, target, shift, running.sum);
+  const int64_t first = row * rows.classes;
+  for (int64_t c = threadIdx.x % lanes * width; c < rows.classes; c += lanes * width) {
+    V vector = *reinterpret_cast<const V*>(rows.x + first + c);
+    NNFAST_UNROLL
+    for (int e = 0; e < width; ++e) vector.element[e] = slope.of(vector.element[e], c + e);
+    *reinterpret_cast<V*>(dx + first + c) = vector;
+  }
+}
+
+// One thread sums a strided row, `count` classes in flight.
+template <class T, bool Known>
+__device__ void sum_strided(const SoftmaxRows<T>& rows, int64_t row, int64_t target,
+                            RunningSum<ComputeOf<T>>& running) {
+  constexpr int count = 4;
+  const T* const x = rows.x + rows.first(row);
+  int64_t c = 0;
+  for (; c + count <= rows.classes; c += count) {
+    ComputeOf<T> values[count];
+    NNFAST_UNROLL
+    for (int e = 0; e < count; ++e) values[e] = Scalar<T>::load(x[(c + e) * rows.inner]);
+    Team<T, 1>::template take<count, Known>(running, values, c, target);
+  }
+  for (; c < rows.classes; ++c) {
+    const ComputeOf<T> value[1] = {Scalar<T>::load(x[c * rows.inner])};
+    Team<T, 1>::template take<1, Known>(running, value, c, target);
+  }
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(threads) forward_strided(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
+  const int64_t row = int64_t(blockIdx.x) * threads + threadIdx.x;
+  if (row >= rows.rows) return;
+  const int64_t target = class_of(rows, row);
+  RunningSum<ComputeOf<T>> running;
+  sum_strided<T, false>(rows, row, target, running);
+  write_row(rows, loss, row, target, running);
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(threads)
+    backward_strided(SoftmaxRows<T> rows, const ComputeOf<T>* grad, T* dx) {
+  const int64_t row = int64_t(blockIdx.x) * threads + threadIdx.x;
+  if (row >= rows.rows) return;
+  const int64_t target = class_of(rows, row), first = rows.first(row);
+  RunningSum<ComputeOf<T>> running{rows.log_sum_exp[row], 0};
+  sum_strided<T, true>(rows, row, target, running);
+  const Slope<T> slope(rows, grad, row, target, running.maximum, running.sum);
+  for (int64_t c = 0; c < rows.classes; ++c)
+    dx[first + c * rows.inner] = slope.of(rows.x[first + c * rows.inner], c);
+}
+
+struct FocalDevice : Device {
+  template <class T>
+  static void softmax_forward(const SoftmaxRows<T>& rows, ComputeOf<T>* loss, int32_t device_index) {
+    run(rows, true, [&](auto lanes, auto width, int64_t blocks) {
+      if constexpr (lanes == 1)
+        launch("softmax_focal_loss", forward_strided<T, 1>, blocks, threads, 0, device_index, rows, loss);
+      else
+        launch("softmax_focal_loss", forward_rows<T, lanes, width>, blocks, threads, 0, device_index, rows,
+               loss);
+    });
+  }
+
+  template <class T>
+  static void softmax_backward(const SoftmaxRows<T>& rows, const ComputeOf<T>* grad, T* dx,
+                               int32_t device_index) {
+    run(rows, is_aligned(dx), [&](auto lanes, auto width, int64_t blocks) {
+      constexpr const char* name = "softmax_focal_loss_backward";
+      if constexpr (lanes == 1)
+        launch(name, backward_strided<T, 1>, blocks, threads, 0, device_index, rows, grad, dx);
+      else
+        launch(name, backward_rows<T, lanes, width>, blocks, threads, 0, device_index, rows, grad, dx);
+    });
+  }
+
+ private:
+  template <int value>
+  using Constant = std::integral_constant<int, value>;
+
+  // Calls body(threads a row, elements an access, blocks).
+  template <class T, class Body>
+  static void run(const SoftmaxRows<T>& rows, bool out_is_aligned, const Body& body) {
+    constexpr int vector = 16 / sizeof(T);
+    const auto blocks = [&](int64_t rows_a_block) { return (rows.rows + rows_a_block - 1) / rows_a_block; };
+    const auto with_lanes = [&](auto lanes) {
+      if (out_is_aligned && is_aligned(rows.x) && rows.classes % vector == 0)
+        body(lanes, Constant<vector>{}, blocks(threads / lanes));
+      else
+        body(lanes, Constant<1>{}, blocks(threads / lanes));
+    };
+    if (rows.inner > 1) return body(Constant<1>{}, Constant<1>{}, blocks(threads));
+    if (rows.classes <= 64) return with_lanes(Constant<8>{});
+    if (rows.classes <= 2048) return with_lanes(Constant<32>{});
+    with_lanes(Constant<threads>{});
+  }
+};
+
+}  // namespace nnfast::cuda
+
+NNFAST_CUDA_LIBRARY(m) { nnfast::FocalLoss<nnfast::cuda::FocalDevice>::add_to(m); }
