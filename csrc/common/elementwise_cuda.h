@@ -11,10 +11,10 @@ namespace nnfast::cuda {
 
 constexpr int threads = 256;
 
-template <int inputs>
+template <size_t inputs>
 constexpr int accesses_of = inputs < 3 ? 2 : 1;
 
-template <class T, int inputs>
+template <class T, size_t inputs>
 struct Inputs {
   const T* in[inputs];
 };
@@ -26,7 +26,7 @@ NNFAST_INLINE T apply(const Fn& fn, const T (&x)[sizeof...(each)], std::index_se
 }
 
 // The thread whose vector would pass the end goes on element by element.
-template <class Fn, int width, class T, int inputs>
+template <class Fn, int width, class T, size_t inputs>
 __global__ void __launch_bounds__(threads) elementwise(Fn fn, Inputs<T, inputs> from, T* out, int64_t n) {
   using V = Vector<T, width>;
   using Each = std::make_index_sequence<inputs>;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(threads) elementwise(Fn fn, Inputs<T, inputs> 
     const int64_t i = start + a * threads * width;
     if (i + width <= n) {
       NNFAST_UNROLL
-      for (int k = 0; k < inputs; ++k) x[a][k] = *reinterpret_cast<const V*>(from.in[k] + i);
+      for (size_t k = 0; k < inputs; ++k) x[a][k] = *reinterpret_cast<const V*>(from.in[k] + i);
     }
   }
   NNFAST_UNROLL
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(threads) elementwise(Fn fn, Inputs<T, inputs> 
       NNFAST_UNROLL
       for (int e = 0; e < width; ++e) {
         NNFAST_UNROLL
-        for (int k = 0; k < inputs; ++k) one[k] = x[a][k].element[e];
+        for (size_t k = 0; k < inputs; ++k) one[k] = x[a][k].element[e];
         result.element[e] = apply(fn, one, Each{});
       }
       *reinterpret_cast<V*>(out + i) = result;
     } else {
       for (; i < n; ++i) {
         NNFAST_UNROLL
-        for (int k = 0; k < inputs; ++k) one[k] = from.in[k][i];
+        for (size_t k = 0; k < inputs; ++k) one[k] = from.in[k][i];
         out[i] = apply(fn, one, Each{});
       }
     }
@@ -68,15 +68,15 @@ struct Device {
   template <class Fn, class T, size_t inputs>
   static void map(const char* name, const Fn& fn, const T* const (&in)[inputs], T* out, int64_t n,
                   int32_t device_index) {
-    constexpr int vector = 16 / sizeof(T), count = inputs;
-    Inputs<T, count> from;
+    constexpr int vector = 16 / sizeof(T);
+    Inputs<T, inputs> from;
     bool aligned = is_aligned(out);
     for (size_t k = 0; k < inputs; ++k) {
       from.in[k] = in[k];
       aligned &= is_aligned(in[k]);
     }
-    const int64_t block = int64_t(threads) * accesses_of<count> * (aligned ? vector : 1);
-    const auto kernel = aligned ? elementwise<Fn, vector, T, count> : elementwise<Fn, 1, T, count>;
+    const int64_t block = int64_t(threads) * accesses_of<inputs> * (aligned ? vector : 1);
+    const auto kernel = aligned ? elementwise<Fn, vector, T, inputs> : elementwise<Fn, 1, T, inputs>;
     launch(name, kernel, (n + block - 1) / block, threads, 0, device_index, fn, from, out, n);
   }
 };

@@ -1,5 +1,6 @@
 // The focal loss on CUDA. A contiguous row belongs to 8 or 32 threads or to a block, by its length, and is
-// read in 16-byte vectors where they are aligned; a strided row belongs to one thread, neighbours side by side.
+// read in 16-byte vectors where they are aligned; a strided row belongs to one thread, neighbours side by
+// side.
 #include "common/elementwise_cuda.h"
 #include "focal_loss/ops.h"
 
@@ -10,7 +11,7 @@ using ComputeOf = typename Scalar<T>::Compute;
 
 // The row's target, or -1 where it is to be ignored.
 template <class T>
-__device__ int64_t class_of(const SoftmaxRows<T>& rows, int64_t row) {
+__device__ __forceinline__ int64_t class_of(const SoftmaxRows<T>& rows, int64_t row) {
   const int64_t target = rows.target[row];
   if (target == rows.ignore_index) return -1;
   NNFAST_DEVICE_CHECK(rows.is_class(target),
@@ -127,7 +128,7 @@ __device__ RunningSum<ComputeOf<T>> sum_others(const SoftmaxRows<T>& rows, int64
 }
 
 template <class T, int lanes, int width>
-__global__ void __launch_bounds__(threads) forward_rows(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
+__global__ void __launch_bounds__(threads, 4) forward_rows(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
   const int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
   const int64_t target = row < rows.rows ? class_of(rows, row) : -1;
   const auto running = sum_others<T, lanes, width, false>(rows, row, target, {});
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(threads) forward_rows(SoftmaxRows<T> rows, Com
 }
 
 template <class T, int lanes, int width>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 4)
     backward_rows(SoftmaxRows<T> rows, const ComputeOf<T>* grad, T* dx) {
   using V = Vector<T, width>;
   const int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
@@ -172,8 +173,8 @@ __device__ void sum_strided(const SoftmaxRows<T>& rows, int64_t row, int64_t tar
   }
 }
 
-template <class T, int width>
-__global__ void __launch_bounds__(threads) forward_strided(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
+template <class T>
+__global__ void __launch_bounds__(threads, 4) forward_strided(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
   const int64_t row = int64_t(blockIdx.x) * threads + threadIdx.x;
   if (row >= rows.rows) return;
   const int64_t target = class_of(rows, row);
@@ -182,8 +183,8 @@ __global__ void __launch_bounds__(threads) forward_strided(SoftmaxRows<T> rows, 
   write_row(rows, loss, row, target, running);
 }
 
-template <class T, int width>
-__global__ void __launch_bounds__(threads)
+template <class T>
+__global__ void __launch_bounds__(threads, 4)
     backward_strided(SoftmaxRows<T> rows, const ComputeOf<T>* grad, T* dx) {
   const int64_t row = int64_t(blockIdx.x) * threads + threadIdx.x;
   if (row >= rows.rows) return;
@@ -200,7 +201,7 @@ struct FocalDevice : Device {
   static void softmax_forward(const SoftmaxRows<T>& rows, ComputeOf<T>* loss, int32_t device_index) {
     run(rows, true, [&](auto lanes, auto width, int64_t blocks) {
       if constexpr (lanes == 1)
-        launch("softmax_focal_loss", forward_strided<T, 1>, blocks, threads, 0, device_index, rows, loss);
+        launch("softmax_focal_loss", forward_strided<T>, blocks, threads, 0, device_index, rows, loss);
       else
         launch("softmax_focal_loss", forward_rows<T, lanes, width>, blocks, threads, 0, device_index, rows,
                loss);
@@ -213,7 +214,7 @@ struct FocalDevice : Device {
     run(rows, is_aligned(dx), [&](auto lanes, auto width, int64_t blocks) {
       constexpr const char* name = "softmax_focal_loss_backward";
       if constexpr (lanes == 1)
-        launch(name, backward_strided<T, 1>, blocks, threads, 0, device_index, rows, grad, dx);
+        launch(name, backward_strided<T>, blocks, threads, 0, device_index, rows, grad, dx);
       else
         launch(name, backward_rows<T, lanes, width>, blocks, threads, 0, device_index, rows, grad, dx);
     });
