@@ -27,7 +27,7 @@ NNFAST_INLINE T apply(const Fn& fn, const T (&x)[sizeof...(each)], std::index_se
 
 // The thread whose vector would pass the end goes on element by element.
 template <class Fn, int width, class T, size_t inputs>
-__global__ void __launch_bounds__(threads) elementwise(Fn fn, Inputs<T, inputs> from, T* out, int64_t n) {
+__global__ void __launch_bounds__(threads, 4) elementwise(Fn fn, Inputs<T, inputs> from, T* out, int64_t n) {
   using V = Vector<T, width>;
   using Each = std::make_index_sequence<inputs>;
   constexpr int accesses = accesses_of<inputs>;

@@ -154,11 +154,11 @@ __global__ void __launch_bounds__(threads, 4)
   }
 }
 
-// One thread sums a strided row, `count` classes in flight.
+// One thread sums a strided row, 16 bytes of the arithmetic in flight.
 template <class T, bool Known>
 __device__ void sum_strided(const SoftmaxRows<T>& rows, int64_t row, int64_t target,
                             RunningSum<ComputeOf<T>>& running) {
-  constexpr int count = 4;
+  constexpr int count = 16 / sizeof(ComputeOf<T>);
   const T* const x = rows.x + rows.first(row);
   int64_t c = 0;
   for (; c + count <= rows.classes; c += count) {
