@@ -20,7 +20,7 @@ def main() -> None:
     """Run them all, check each result, and say how many."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = 0
-    for case in TABLE:
+    for case in (c for c in TABLE if c.family == "activation"):
         for dtype in DTYPES:
             buffer = torch.linspace(-30, 30, 5003, device=device).to(dtype)
             served = [b.name for b in OPS[case.name].backends if not b.why_not(buffer)]

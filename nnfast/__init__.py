@@ -3,6 +3,7 @@
 from . import functional
 from .activation.module import Mish, SiLU, Swish
 from .core.op import BackendError, Explanation, backend, explain
+from .focal_loss.module import FocalLoss, SigmoidFocalLoss, class_balanced_alpha
 from .swap import restore, swap
 
 __version__ = "0.1.0"
@@ -10,10 +11,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Explanation",
+    "FocalLoss",
     "Mish",
     "SiLU",
+    "SigmoidFocalLoss",
     "Swish",
     "backend",
+    "class_balanced_alpha",
     "explain",
     "functional",
     "restore",

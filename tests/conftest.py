@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 import nnfast
 from nnfast.core.op import OPS, triton_why_not
-from tests.emulation.emulated import emulated_backend, has_compiler
+from tests.emulation.emulated import CSRC, emulated_backend, has_compiler
 from tests.ops import DTYPES, TABLE, Case
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -50,16 +50,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`case` becomes every row of the table, with `run` every backend that serves it on every device."""
     names = metafunc.fixturenames
+    needed = {trait for mark in metafunc.definition.iter_markers("trait") for trait in mark.args}
+    families = {name for mark in metafunc.definition.iter_markers("family") for name in mark.args}
+    table = [c for c in TABLE if needed <= c.traits and (not families or c.family in families)]
     if "run" in names:
         rows = [
             pytest.param(case, run, id=f"{case.name}-{run}")
-            for case in TABLE
+            for case in table
             for device in DEVICES
             for run in runs(case, device)
         ]
         metafunc.parametrize(("case", "run"), rows)
     elif "case" in names:
-        metafunc.parametrize("case", TABLE, ids=lambda case: case.name)
+        metafunc.parametrize("case", table, ids=lambda case: case.name)
     if "dtype" in names:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
     if "device" in names:
@@ -68,9 +71,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def runs(case: Case, device: str) -> list[Run]:
     """What can be forced for an operation on a device; on the cpu the emulated CUDA kernels too."""
-    x = case.samples[0](torch.float32, device)
-    found = [Run(b.name, device) for b in OPS[case.name].backends if not b.why_not(x)]
-    return found + [Run("cuda", "cpu", emulated=True)] * (device == "cpu" and has_compiler())
+    found = []
+    for backend in OPS[case.name].backends:
+        try:
+            Run(backend.name, device)(case.ours, case.samples[0](torch.float32, device))
+        except nnfast.BackendError:
+            continue
+        found.append(Run(backend.name, device))
+    emulated = device == "cpu" and (CSRC / case.family / "cuda.cu").exists() and has_compiler()
+    return found + [Run("cuda", "cpu", emulated=True)] * emulated
 
 
 class Run:
@@ -84,7 +93,8 @@ class Run:
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        ops = [OPS[case.name] for case in TABLE] if self.emulated else []
+        ops = [OPS[case.name] for case in TABLE if (CSRC / case.family / "cuda.cu").exists()]
+        ops = ops if self.emulated else []
         before = {op: op.backends for op in ops}
         for op in ops:
             op.backends = (emulated_backend(op.name), *op.backends[1:])

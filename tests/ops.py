@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import nnfast
 from nnfast.activation import reference
+from nnfast.focal_loss import reference as focal_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,6 +29,8 @@ class Sample:
     name: str
     make: Callable[[], Tensor]
     metric: str = "norm"
+    measured: bool = True
+    """Large enough for torch's own error to be no accident."""
 
     def __call__(self, dtype: torch.dtype, device: str) -> Tensor:
         """x in dtype on device, the same at every call."""
@@ -48,9 +52,19 @@ class Sample:
         return float(difference.max() / truth.abs().max().clamp(min=tiny))
 
 
+TRAITS = {
+    "inplace": "takes inplace=True",
+    "elementwise": "any shape, laid out as the input",
+    "builtin": "torch has it as one function and one module, which it stands in for",
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One operation: ours, torch's, the seed formulation, the truth, its samples and what it moves."""
+    """One operation: ours, torch's, the seed formulation, the truth, its samples and what it moves.
+
+    Functions take x alone; what else they need is made from its shape. operators: name -> arguments from x.
+    """
 
     name: str
     ours: Callable[..., Tensor]
@@ -59,10 +73,13 @@ class Case:
     torch_module: type[torch.nn.Module]
     seed: Callable[[Tensor], Tensor]
     truth: Callable[[Tensor], Tensor]
-    operators: tuple[str, ...]
+    operators: dict[str, Callable[[Tensor], tuple[Any, ...]]]
     samples: tuple[Sample, ...]
     flops: dict[str, int] = field(default_factory=dict)
     """Floating-point operations of an element, exponential and division counted as one each."""
+    family: str = "activation"
+    traits: frozenset[str] = frozenset()
+    """What holds of it, of `TRAITS`; a test of a trait runs for the rows that have it."""
 
     def bytes_moved(self, direction: str, x: Tensor) -> int:
         """Bytes that any implementation must move through memory for x: inputs once, outputs once."""
@@ -100,13 +117,109 @@ def _activation(name: str, module: type, torch_module: type, seed: Any, flops: d
         torch_module=torch_module,
         seed=seed,
         truth=getattr(reference, name),
-        operators=(name, f"{name}_", f"{name}_backward"),
+        operators={
+            name: lambda x: (x,),
+            f"{name}_": lambda x: (x,),
+            f"{name}_backward": lambda x: (torch.randn_like(x), x),
+        },
         samples=_ACTIVATION_SAMPLES,
         flops=flops,
+        traits=frozenset(TRAITS),
     )
 
+
+def class_targets(x: Tensor) -> Tensor:
+    """A class for every row of logits x: (N, C, ...) or (C,)."""
+    classes = x.shape[min(1, x.dim() - 1)]
+    shape = x.shape[:1] * (x.dim() > 1) + x.shape[2:]
+    return (torch.arange(math.prod(shape), device=x.device) * 7 % classes).reshape(shape)
+
+
+def soft_targets(x: Tensor) -> Tensor:
+    """A target in [0, 1] for every logit of x, the ends included; exact in every dtype."""
+    return (torch.arange(math.prod(x.shape), device=x.device) * 3 % 5 / 4).reshape(x.shape).to(x.dtype)
+
+
+def seed_focal(x: Tensor, targets: Tensor, alpha: Any = 1, gamma: float = 2) -> Tensor:
+    """The seed's multi-class focal loss, before its mean."""
+    ce = F.cross_entropy(x, targets, reduction="none")
+    return alpha * (1 - torch.exp(-ce)) ** gamma * ce
+
+
+def seed_sigmoid_focal(x: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2) -> Tensor:
+    """torchvision's sigmoid_focal_loss, without reduction."""
+    p = torch.sigmoid(x)
+    ce = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
+    loss = ce * ((1 - (p * targets + (1 - p) * (1 - targets))) ** gamma)
+    return (alpha * targets + (1 - alpha) * (1 - targets)) * loss if alpha >= 0 else loss
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    targets = class_targets(x)
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1), targets.reshape(x.shape[0], -1)
+
+
+def _softmax_backward(x: Tensor) -> tuple[Any, ...]:
+    rows, targets = _rows(x)
+    grad = torch.randn_like(_wide(rows[:, 0]))
+    return grad, rows, targets, None, _wide(rows).logsumexp(1), 1.5, 2
+
+
+def _softmax_truth(x: Tensor) -> Tensor:
+    rows = x.unsqueeze(0) if x.dim() == 1 else x
+    rows = rows.flatten(2) if x.dim() > 2 else rows.unsqueeze(-1)
+    targets = class_targets(x)
+    loss, _ = focal_reference.softmax_focal_loss(rows, targets.reshape(rows.shape[0], -1), None, 2, -100)
+    return loss.reshape(targets.shape)
+
+
+_FOCAL_SAMPLES = (
+    Sample("small", lambda: torch.tensor([[-2.5, -1.0, -0.3], [0.2, 1.1, 3.0]]), measured=False),
+    Sample("body", lambda: torch.randn(7, 11, 13) * 4),
+    Sample("classes", lambda: torch.randn(3, 1000) * 4),
+    Sample("hard", lambda: torch.randn(40, 9).abs() * 4 + 1, "relative"),
+)
+
+_FOCAL = (
+    Case(
+        name="softmax_focal_loss",
+        ours=lambda x: nnfast.functional.softmax_focal_loss(x, class_targets(x), reduction="none"),
+        torchs=lambda x: seed_focal(x, class_targets(x)),
+        module=nnfast.FocalLoss,
+        torch_module=torch.nn.CrossEntropyLoss,
+        seed=lambda x: seed_focal(x, class_targets(x)),
+        truth=_softmax_truth,
+        operators={
+            "softmax_focal_loss": lambda x: (*_rows(x), None, 1.5, 2),
+            "softmax_focal_loss_backward": _softmax_backward,
+        },
+        samples=_FOCAL_SAMPLES[:3] + (Sample("few", lambda: torch.randn(50, 3) / 4, "relative"),),
+        family="focal_loss",
+    ),
+    Case(
+        name="sigmoid_focal_loss",
+        ours=lambda x: nnfast.functional.sigmoid_focal_loss(x, soft_targets(x)),
+        torchs=lambda x: seed_sigmoid_focal(x, soft_targets(x)),
+        module=nnfast.SigmoidFocalLoss,
+        torch_module=torch.nn.BCEWithLogitsLoss,
+        seed=lambda x: seed_sigmoid_focal(x, soft_targets(x)),
+        truth=lambda x: focal_reference.sigmoid_focal_loss(x, soft_targets(x), 0.25, 2),
+        operators={
+            "sigmoid_focal_loss": lambda x: (x, soft_targets(x), 0.25, 1.5),
+            "sigmoid_focal_loss_backward": lambda x: (torch.randn_like(x), x, soft_targets(x), 0.25, 1.5),
+        },
+        samples=_FOCAL_SAMPLES,
+        family="focal_loss",
+        traits=frozenset({"elementwise"}),
+    ),
+)
 
 TABLE = (
     _activation("silu", nnfast.SiLU, torch.nn.SiLU, _seed_silu, {"forward": 4, "backward": 8}),
     _activation("mish", nnfast.Mish, torch.nn.Mish, _seed_mish, {"forward": 8, "backward": 14}),
+    *_FOCAL,
 )

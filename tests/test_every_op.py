@@ -44,7 +44,7 @@ def allowed(torchs_error: float, dtype: torch.dtype) -> float:
 
 
 def test_forward_is_as_exact_as_torch(case: Case, run, dtype):
-    for sample in case.samples:
+    for sample in (s for s in case.samples if s.measured):
         x = sample(dtype, run.device)
         truth = case.truth(x.double())
         error = sample.error(run(case.ours, x), truth)
@@ -52,9 +52,9 @@ def test_forward_is_as_exact_as_torch(case: Case, run, dtype):
 
 
 def test_backward_is_as_exact_as_torch(case: Case, run, dtype):
-    for sample in case.samples:
+    for sample in (s for s in case.samples if s.measured):
         x = sample(dtype, run.device)
-        grad = upstream(x)
+        grad = upstream(case.torchs(x))
         truth = gradient(case.truth, x.double(), grad.double())
         with run.forced():
             error = sample.error(gradient(case.ours, x, grad), truth)
@@ -68,6 +68,7 @@ def test_gradcheck_and_gradgradcheck(case: Case, run):
         assert gradgradcheck(case.ours, x)
 
 
+@pytest.mark.trait("inplace")
 def test_inplace_gradcheck(case: Case, run):
     x = case.samples[0](torch.float64, run.device).requires_grad_()
     with run.forced():
@@ -78,7 +79,7 @@ def test_inplace_gradcheck(case: Case, run):
 def test_same_result_every_time_and_input_untouched(case: Case, run, dtype):
     x = case.samples[1](dtype, run.device)
     before = x.clone()
-    grad = upstream(x)
+    grad = upstream(case.torchs(x))
     grad_before = grad.clone()
     with run.forced():
         first, second = (case.ours(x) for _ in range(2))
@@ -89,18 +90,20 @@ def test_same_result_every_time_and_input_untouched(case: Case, run, dtype):
     assert torch.equal(grad, grad_before)
 
 
+@pytest.mark.trait("elementwise")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_torchs(case: Case, run, layout):
     x = LAYOUTS[layout](torch.randn(3, 5, 6, 7, device=run.device))
     expected = case.torchs(x)
     result = run(case.ours, x)
-    assert result.stride() == expected.stride()
+    assert result.stride() == expected.stride() or "builtin" not in case.traits
     assert_close(result, expected)
     for grad in (torch.randn_like(expected), torch.ones((), device=run.device).expand(x.shape)):
         with run.forced():
             assert_close(gradient(case.ours, x, grad), gradient(case.torchs, x, grad))
 
 
+@pytest.mark.trait("inplace")
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))
 def test_inplace_layouts(case: Case, run, layout):
     base = torch.randn(3, 5, 6, 7, device=run.device)
@@ -119,6 +122,7 @@ def test_inplace_layouts(case: Case, run, layout):
     assert_close(ours, torchs)
 
 
+@pytest.mark.trait("inplace")
 def test_shifted_views_of_one_buffer(case: Case, run, dtype):
     buffer = torch.linspace(-9, 9, 1200, device=run.device).to(dtype)
     for shift, length in itertools.chain(((s, 1037) for s in range(0, 41)), ((1, n) for n in range(1, 35))):
@@ -132,6 +136,7 @@ def test_shifted_views_of_one_buffer(case: Case, run, dtype):
     assert_close(shifted[3:777], case.torchs(buffer[3:777]))
 
 
+@pytest.mark.trait("elementwise")
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 1, 1)], ids=str)
 def test_empty_and_scalar(case: Case, run, dtype, shape):
     x = torch.full(shape, 0.5, dtype=dtype, device=run.device)
@@ -160,6 +165,7 @@ EXTREMES = [
 ]
 
 
+@pytest.mark.trait("builtin")
 def test_extremes_are_torchs(case: Case, run, dtype):
     x = torch.tensor(EXTREMES, device=run.device).to(dtype).repeat_interleave(17)
     assert_close(
@@ -189,8 +195,7 @@ def test_opcheck(case: Case, run):
         operator = getattr(getattr(namespace, name), "triton" if run.backend == "triton" else "default")
         for layout in ("contiguous", "transposed", "step"):
             x = LAYOUTS[layout](torch.randn(2, 3, 4, 6, device=run.device))
-            args = (torch.randn_like(x), x) if name.endswith("_backward") else (x,)
-            torch.library.opcheck(operator, args)
+            torch.library.opcheck(operator, case.operators[name](x))
 
 
 def test_compile_in_one_graph(case: Case, run):
@@ -210,6 +215,7 @@ def test_compile_in_one_graph(case: Case, run):
     assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
 
 
+@pytest.mark.trait("builtin")
 def test_compile_lowers_to_torchs_operator(case: Case, device):
     torch._dynamo.reset()
     graphs = []
@@ -230,6 +236,7 @@ def test_compile_lowers_to_torchs_operator(case: Case, device):
     assert case.torchs not in [node.target for node in graphs[1].graph.nodes]
 
 
+@pytest.mark.trait("builtin")
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export_needs_no_nnfast(case: Case, strict):
     x = torch.randn(1 << 13)
@@ -244,7 +251,7 @@ def test_vmap_and_transforms(case: Case, run):
 
     x = torch.randn(3, 4, 5, dtype=torch.float64, device=run.device)
     with run.forced():
-        assert_close(vmap(case.ours, in_dims=1, out_dims=2)(x), vmap(case.torchs, in_dims=1, out_dims=2)(x))
+        assert_close(*(vmap(f, in_dims=1, out_dims=-1)(x) for f in (case.ours, case.torchs)))
         sums = [lambda x, f=f: f(x).sum() for f in (case.ours, case.truth)]
         assert_close(*(vmap(grad(f))(x) for f in sums))
         assert_close(*(hessian(f)(x[0, 0]) for f in sums))
@@ -257,6 +264,7 @@ def test_autocast_keeps_the_dtype(case: Case, run, dtype):
         assert run(case.ours, x).dtype == case.torchs(x).dtype
 
 
+@pytest.mark.trait("inplace")
 def test_inplace_bumps_the_version(case: Case, run):
     leaf = torch.randn(8, device=run.device, requires_grad=True)
     x = leaf * 2
@@ -267,18 +275,21 @@ def test_inplace_bumps_the_version(case: Case, run):
         y.sum().backward()
 
 
+@pytest.mark.trait("elementwise")
 def test_only_the_input_is_saved(case: Case, run):
     saved = []
     x = torch.randn(16, device=run.device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run(case.ours, x)
     if run.backend != "reference":
-        assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+        beyond = [t for t in saved if t.data_ptr() != x.data_ptr()]
+        assert len(beyond) < len(saved)
+        assert not beyond or case.family == "focal_loss"  # its targets
 
 
 def test_backward_uses_the_backend_of_forward(case: Case, run):
     """Backward may run after the block, or in another thread."""
-    x = torch.randn(64, device=run.device, requires_grad=True)
+    x = torch.randn(8, 8, device=run.device, requires_grad=True)
     with run.forced():
         y = case.ours(x)
     with nnfast.backend("reference"):
@@ -288,6 +299,7 @@ def test_backward_uses_the_backend_of_forward(case: Case, run):
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.trait("builtin")
 def test_fake_and_meta_tensors(case: Case):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -298,11 +310,13 @@ def test_fake_and_meta_tensors(case: Case):
     assert (meta.device.type, meta.shape) == ("meta", (3, 1 << 30))
 
 
+@pytest.mark.trait("builtin")
 def test_symbolic_trace_records_torchs_function(case: Case):
     traced = torch.fx.symbolic_trace(case.module())
     assert case.torchs in [node.target for node in traced.graph.nodes]
 
 
+@pytest.mark.trait("builtin")
 def test_module_is_a_drop_in(case: Case):
     ours, torchs = case.module(inplace=True), case.torch_module(inplace=True)
     assert isinstance(ours, case.torch_module)
@@ -315,6 +329,7 @@ def test_module_is_a_drop_in(case: Case):
     assert ours(x) is x
 
 
+@pytest.mark.trait("builtin")
 def test_integers_and_complex_as_torch(case: Case):
     for dtype in (torch.int64, torch.bool, torch.uint8):
         for size in (3, 1 << 21):
@@ -337,6 +352,7 @@ def test_integers_and_complex_as_torch(case: Case):
         assert_close(case.ours(x), expected)
 
 
+@pytest.mark.trait("inplace")
 def test_bad_input_is_named_and_unchanged(case: Case, run):
     with pytest.raises(TypeError, match=rf"nnfast.{case.name}: x is a list; it needs a torch.Tensor"):
         run(case.ours, [1.0])
@@ -349,6 +365,7 @@ def test_bad_input_is_named_and_unchanged(case: Case, run):
     assert torch.equal(leaf, before)
 
 
+@pytest.mark.trait("builtin")
 def test_subclasses_take_torchs_own_unless_forced(case: Case):
     class Meter(torch.Tensor):
         """A subclass that sees which functions are called with it."""
@@ -370,6 +387,7 @@ def test_subclasses_take_torchs_own_unless_forced(case: Case):
         case.ours(x)
 
 
+@pytest.mark.trait("elementwise")
 def test_lazily_negated_input(case: Case, run):
     """The imaginary part of a lazy conjugate holds its elements negated."""
     x = torch.randn(50, dtype=torch.complex64, device=run.device).conj().imag
@@ -377,6 +395,7 @@ def test_lazily_negated_input(case: Case, run):
     assert_close(run(case.ours, x), case.torchs(x))
 
 
+@pytest.mark.trait("builtin")
 @pytest.mark.gpu
 def test_cuda_graph(case: Case, run):
     if run.device != "cuda":
@@ -416,6 +435,7 @@ def _available_bytes(device: str) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.trait("elementwise")
 def test_more_than_2_to_31_elements(case: Case, run):
     if not _is_compiled(run):
         pytest.skip("not our compiled kernel")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.triton import exp, tl, triton
+from ..core.triton import exp, tl, triton, wide
 from ..core.tuning import pointwise_config
 
 
@@ -38,16 +38,10 @@ def _mish_backward(grad, x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _wide(x):
-    """x as the type it is computed in."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32)
-
-
-@triton.jit
 def _forward_tile(x_ptr, y_ptr, offsets, mask, ACTIVATION: tl.constexpr):
     x = tl.load(x_ptr + offsets, mask=mask)
     PRECISE: tl.constexpr = x.dtype == tl.float32
-    y = _mish(_wide(x), PRECISE) if ACTIVATION == "mish" else _silu(_wide(x), PRECISE)
+    y = _mish(wide(x), PRECISE) if ACTIVATION == "mish" else _silu(wide(x), PRECISE)
     tl.store(y_ptr + offsets, y.to(x.dtype), mask=mask)
 
 
@@ -68,9 +62,9 @@ def _backward_tile(grad_ptr, x_ptr, out_ptr, offsets, mask, ACTIVATION: tl.const
     grad = tl.load(grad_ptr + offsets, mask=mask)
     PRECISE: tl.constexpr = x.dtype == tl.float32
     if ACTIVATION == "mish":
-        out = _mish_backward(_wide(grad), _wide(x), PRECISE)
+        out = _mish_backward(wide(grad), wide(x), PRECISE)
     else:
-        out = _silu_backward(_wide(grad), _wide(x), PRECISE)
+        out = _silu_backward(wide(grad), wide(x), PRECISE)
     tl.store(out_ptr + offsets, out.to(x.dtype), mask=mask)
 
 

@@ -19,22 +19,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from ..core import extension, tuning
-from ..core.op import Backend, Op, forced, forced_outside_compile, triton_why_not
+from ..core import tuning
+from ..core.op import Backend, Op, forced, forced_outside_compile
+from ..core.operator import (
+    LIBRARY,
+    define,
+    implement,
+    place_why_not,
+    plain_why_not,
+    size_not_worth,
+    transformed,
+)
 from . import reference
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What our kernels take; torch's own also takes complex numbers for silu."""
-
-_ELSEWHERE = {
-    "cpu": "x is not on the cpu",
-    "cuda": "x is not on a CUDA device",
-}  # formatting a device is slow
-
-_library = torch.library.Library("nnfast", "DEF")
 
 
 @dataclass(frozen=True)
@@ -49,31 +47,22 @@ class Kernels:
     @classmethod
     def define(cls, library: torch.library.Library, name: str, overload: str = "") -> Kernels:
         """Give a library the schemas and fakes of an activation's operators."""
-        operators: list[Any] = []
-        for operator, arguments, result, fake in (
-            (name, "Tensor x", "Tensor", torch.empty_like),
-            (f"{name}_", "Tensor(a!) x", "()", lambda x: None),
-            (f"{name}_backward", "Tensor grad, Tensor x", "Tensor", lambda grad, x: torch.empty_like(x)),
-        ):
-            full_name = f"{operator}.{overload}" if overload else operator
-            library.define(f"{full_name}({arguments}) -> {result}")
-            torch.library.register_fake(f"{library.ns}::{full_name}", fake, lib=library)
-            packet = getattr(getattr(torch.ops, library.ns), operator)
-            operators.append(getattr(packet, overload or "default"))
-        forward, forward_, backward = operators
+        forward, forward_, backward = (
+            define(library, schema, fake, overload)
+            for schema, fake in (
+                (f"{name}(Tensor x) -> Tensor", torch.empty_like),
+                (f"{name}_(Tensor(a!) x) -> ()", lambda x: None),
+                (f"{name}_backward(Tensor grad, Tensor x) -> Tensor", lambda grad, x: torch.empty_like(x)),
+            )
+        )
         return cls(forward, forward_, backward, getattr(reference, f"{name}_backward"))
 
     def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """grad * activation'(x): by the kernel, or differentiable where that is asked for."""
         differentiable = torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-        if differentiable or _transformed():
+        if differentiable or transformed():
             return self.reference_backward(grad, x)
         return self.backward(grad, x)
-
-
-def _transformed() -> bool:
-    """A torch.func transform or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Activate(torch.autograd.Function):
@@ -150,7 +139,7 @@ def run(kernels: Kernels, x: Tensor, inplace: bool = False) -> Tensor:
     elif inplace:
         kernels.forward_(x)
         torch.autograd.graph.increment_version(x)
-    elif _transformed():
+    elif transformed():
         result = _ActivateTransformed.apply(x, kernels)  # type: ignore[no-untyped-call]
     elif differentiate:
         result = (_Activate.apply if is_compiling() else _activate)(x, kernels)  # type: ignore[no-untyped-call]
@@ -173,17 +162,11 @@ def _dense(x: Tensor) -> bool:
 
 def kernel_why_not(x: Tensor, inplace: bool) -> list[str]:
     """What none of our kernels takes."""
-    reasons = []
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        reasons.append(f"x is a {type(x).__name__}; our kernels take plain tensors")
-    if x.layout is not torch.strided:
-        reasons.append(f"x has layout {x.layout}; our kernels take torch.strided")
-    if x.dtype not in DTYPES:
-        reasons.append(f"x has dtype {x.dtype}; our kernels take {', '.join(map(str, DTYPES))}")
+    reasons = plain_why_not("x", x)
     if inplace and not reasons:
         if not _dense(x):
             reasons.append("in place on a view with gaps or overlaps")
-        if _transformed():
+        if transformed():
             reasons.append("in place under a torch.func transform or forward-mode differentiation")
         elif x._is_view() and x.requires_grad and torch.is_grad_enabled():
             reasons.append("in place on a view that requires grad")
@@ -191,33 +174,14 @@ def kernel_why_not(x: Tensor, inplace: bool) -> list[str]:
 
 
 def _not_worth(name: str, backend: str, x: Tensor, inplace: bool = False) -> list[str]:
-    if backend == "triton" and x.is_cpu:
-        return ["interpreted: for tests, not for speed"]
-    reasons = []
-    grad = x.requires_grad and torch.is_grad_enabled()
-    least = tuning.threshold(name, backend, grad)
-    if least == tuning.NEVER:
-        reasons.append("not measured to be faster than torch's own kernel")
-    elif x.numel() < least:
-        mode = "with" if grad else "without"
-        reasons.append(f"{x.numel()} elements; measured to pay from {least} on {mode} autograd")
+    reasons = size_not_worth(name, backend, x)
     if not inplace and not _dense(x):
         reasons.append("x has gaps or overlaps: torch's own kernel reads it in one pass, ours after a copy")
     return reasons
 
 
-def _library_why_not(name: str, device: str, x: Tensor, inplace: bool = False) -> list[str]:
-    reasons = []
-    if not (x.is_cpu if device == "cpu" else x.is_cuda):
-        reasons.append(_ELSEWHERE[device])
-    if missing := extension.why_not(name, device.upper()):
-        reasons.append(missing)
-    return reasons + kernel_why_not(x, inplace)
-
-
-def _triton_why_not(x: Tensor, inplace: bool = False) -> list[str]:
-    missing = triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
-    return [missing] * bool(missing) + kernel_why_not(x, inplace)
+def _why_not(name: str, backend: str, x: Tensor, inplace: bool = False) -> list[str]:
+    return place_why_not(name, backend, "x", x) + kernel_why_not(x, inplace)
 
 
 def _aten_why_not(name: str, x: Tensor, inplace: bool = False) -> list[str]:
@@ -234,8 +198,6 @@ def _implement(name: str) -> None:
         x.copy_(formula(x))
 
     def call(function: str, *tensors: Tensor) -> Any:
-        if missing := triton_why_not(tensors[0].device.type):
-            raise RuntimeError(f"nnfast::{name}.triton: {missing}")
         from . import kernels  # imports triton
 
         return getattr(kernels, function)(name, *tensors)
@@ -245,9 +207,7 @@ def _implement(name: str) -> None:
         (f"{name}_", formula_, "forward_"),
         (f"{name}_backward", derivative, "backward"),
     ):
-        _library.impl(operator, fallback, "CompositeExplicitAutograd")
-        for device in ("CUDA", "CPU"):
-            _library.impl(f"{operator}.triton", partial(call, function), device)
+        implement(operator, fallback, partial(call, function))
 
 
 class Activation(Op):
@@ -263,22 +223,22 @@ class Activation(Op):
         self, name: str, function: Callable[..., Tensor], builtin: Callable[[Tensor], Tensor]
     ) -> None:
         self.function, self.builtin, self.least = function, builtin, tuning.smallest(name)
-        compiled, triton = Kernels.define(_library, name), Kernels.define(_library, name, "triton")
+        compiled, triton = Kernels.define(LIBRARY, name), Kernels.define(LIBRARY, name, "triton")
         self.kernels = {"cuda": compiled, "triton": triton, "cpu": compiled}
         _implement(name)
-        capable: dict[str, Callable[..., list[str]]] = {
-            "cuda": partial(_library_why_not, name, "cuda"),
-            "triton": _triton_why_not,
-            "cpu": partial(_library_why_not, name, "cpu"),
-        }
         ours = [
-            Backend(key, partial(run, self.kernels[key]), why_not, partial(_not_worth, name, key))
-            for key, why_not in capable.items()
+            Backend(key, partial(run, kernels), partial(_why_not, name, key), partial(_not_worth, name, key))
+            for key, kernels in self.kernels.items()
         ]
         formula = getattr(reference, name)
         theirs = {"aten": partial(_run_aten, function), "reference": partial(_run_reference, formula)}
         why_not = partial(_aten_why_not, name)
         super().__init__(name, ours + [Backend(key, run_it, why_not) for key, run_it in theirs.items()])
+
+    def compiled_in(self, library: torch.library.Library) -> Backend:
+        """The `cuda` backend with the operators of another library, on any device."""
+        kernels = Kernels.define(library, self.name)
+        return Backend("cuda", partial(run, kernels), lambda x, inplace=False: kernel_why_not(x, inplace))
 
 
 def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:

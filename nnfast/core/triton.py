@@ -8,12 +8,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "VERSION", "exp", "exp_accurate", "tl", "triton"]
+__all__ = [
+    "INTERPRETED",
+    "VERSION",
+    "exp",
+    "exp_accurate",
+    "log1p_unit",
+    "one_minus_exp",
+    "power",
+    "tl",
+    "triton",
+    "wide",
+]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
 
 VERSION: str = triton.__version__
+
+
+@triton.jit
+def wide(x):
+    """x as the type it is computed in."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @triton.jit
@@ -34,3 +51,44 @@ def exp(x, PRECISE: tl.constexpr):
     if PRECISE and x.dtype == tl.float32:
         return exp_accurate(x)
     return tl.exp(x)
+
+
+@triton.jit
+def log1p_unit(v):
+    """log(1 + v) for v in [0, 1], every digit of a small v included."""
+    if v.dtype == tl.float64:
+        u = 1.0 + v
+        return tl.where(u == 1.0, v, tl.log(u) * (v / tl.where(u == 1.0, 1.0, u - 1.0)))
+    w = v / (2.0 + v)  # 2 artanh(w), w <= 1/3
+    square = w * w
+    series = square * 0.0 + 1.0 / 15.0
+    for i in tl.static_range(7):
+        series = series * square + 1.0 / (13 - 2 * i)
+    return 2.0 * w * series
+
+
+@triton.jit
+def one_minus_exp(v):
+    """1 - e**-v for v >= 0, every digit of a small v included."""
+    TERMS: tl.constexpr = 18 if v.dtype == tl.float64 else 10
+    series = v * 0.0 + 1.0
+    for i in tl.static_range(TERMS - 1):
+        series = 1.0 - series * v * (1.0 / (TERMS - i))
+    return tl.where(v < 0.5, v * series, 1.0 - exp(-v, True))
+
+
+@triton.jit
+def power(q, exponent):
+    """q**exponent for q in [0, 1] and a scalar exponent >= 0; 0**0 is 1."""
+    if exponent == 2.0:
+        result = q * q
+    elif exponent == 1.0:
+        result = q
+    elif exponent == 0.0:
+        result = q * 0.0 + 1.0
+    elif exponent == 0.5:
+        result = tl.sqrt(q)
+    else:
+        some = tl.where(q == 0.0, 1.0, q)
+        result = tl.where(q == 0.0, 0.0, exp(tl.log(some) * tl.full(q.shape, exponent, q.dtype), True))
+    return result

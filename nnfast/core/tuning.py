@@ -51,6 +51,34 @@ class Config:
 _POINTWISE = {2: Config(2048, 4), 4: Config(1024, 4), 8: Config(512, 8)}
 
 
-def pointwise_config(element_size: int) -> Config:
-    """Launch configuration of elementwise kernels."""
-    return _POINTWISE[element_size]
+# The same for kernels that need many registers for an element: 8 elements a thread, 4 in float64.
+_HEAVY = {2: Config(1024, 4), 4: Config(1024, 4), 8: Config(512, 4)}
+
+
+def pointwise_config(element_size: int, heavy: bool = False) -> Config:
+    """Launch configuration of elementwise kernels; heavy: of those with much to compute."""
+    return (_HEAVY if heavy else _POINTWISE)[element_size]
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How a Triton kernel over rows is launched: rows a program, elements of a row at a time, and warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+_WHOLE_ROW = {2: 1 << 15, 4: 1 << 14, 8: 1 << 13}
+"""Bytes of an element -> longest row held on chip at once; longer ones are looped over."""
+
+
+def rows_config(length: int, element_size: int, whole: bool = True) -> RowsConfig:
+    """Launch configuration for rows of a length; whole: a program sees all of its rows, in a loop if long."""
+    tile = pointwise_config(element_size, heavy=True).block
+    longest = _WHOLE_ROW[element_size] if whole else tile
+    power_of_2 = max(1 << (length - 1).bit_length(), 8)
+    block = power_of_2 if power_of_2 <= longest else 4 * tile if whole else tile
+    rows = max(tile // block, 1)
+    num_warps = min(max(rows * block * 4 // tile, 4), 32)
+    return RowsConfig(rows, block, num_warps)

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 import nnfast
 
+pytestmark = pytest.mark.family("activation")
+
 
 def test_mish_gradient_above_22_is_one(run, case):
     """attorch: the gradient of its Mish is NaN for x above 22.18."""

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from tests.ops import DTYPES
 
+pytestmark = pytest.mark.family("activation")
+
 
 @st.composite
 def tensors(draw) -> torch.Tensor:

@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nnfast.activation import kernels as activation
-from nnfast.core.tuning import pointwise_config
+from nnfast.core.tuning import pointwise_config, rows_config
+from nnfast.focal_loss import kernels as focal_loss
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,30 +34,90 @@ TARGETS = {
 ELEMENT_SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """Of every kernel: name, function, types of its arguments, its constants, warps."""
+Case = tuple[str, Any, dict[str, str], dict[str, Any], int, dict[str, Any]]
+"""Of a kernel: name, function, types of its arguments, its constants, warps, other options."""
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel with every configuration."""
     for dtype, size in ELEMENT_SIZES.items():
-        config = pointwise_config(size)
-        for name in ("silu", "mish"):
-            constants = {"ACTIVATION": name, "BLOCK": config.block}
-            for direction, pointers in (
-                ("forward", ("x_ptr", "y_ptr")),
-                ("backward", ("grad_ptr", "x_ptr", "out_ptr")),
-            ):
-                types = {**dict.fromkeys(pointers, f"*{dtype}"), "size": "i64"}
-                kernel = getattr(activation, f"{direction}_kernel")
-                yield f"{name} {direction} {dtype}", kernel, types, constants, config.num_warps
+        yield from activation_cases(dtype, size)
+        yield from sigmoid_cases(dtype, size)
+        if dtype != "fp16":  # launched as bf16
+            yield from softmax_cases(dtype, size)
+
+
+def activation_cases(dtype: str, size: int) -> Iterator[Case]:
+    """Both activations, both directions."""
+    config = pointwise_config(size)
+    for name in ("silu", "mish"):
+        constants = {"ACTIVATION": name, "BLOCK": config.block}
+        for direction, pointers in (
+            ("forward", ("x_ptr", "y_ptr")),
+            ("backward", ("grad_ptr", "x_ptr", "out_ptr")),
+        ):
+            types = {**dict.fromkeys(pointers, f"*{dtype}"), "size": "i64"}
+            kernel = getattr(activation, f"{direction}_kernel")
+            yield f"{name} {direction} {dtype}", kernel, types, constants, config.num_warps, {}
+
+
+def sigmoid_cases(dtype: str, size: int) -> Iterator[Case]:
+    """Sigmoid focal loss, both directions."""
+    config = pointwise_config(size, heavy=True)
+    scalars = {"alpha": "fp64", "gamma": "fp64", "size": "i64"}
+    for direction, pointers in (
+        ("forward", ("x_ptr", "target_ptr", "out_ptr")),
+        ("backward", ("grad_ptr", "x_ptr", "target_ptr", "out_ptr")),
+    ):
+        types = {**dict.fromkeys(pointers, f"*{dtype}"), **scalars}
+        kernel = getattr(focal_loss, f"sigmoid_{direction}_kernel")
+        yield f"sigmoid {direction} {dtype}", kernel, types, {"BLOCK": config.block}, config.num_warps, {}
+
+
+def softmax_cases(dtype: str, size: int) -> Iterator[Case]:
+    """Softmax focal loss: every configuration; spatial where rows share a tile."""
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    for direction in ("forward", "backward"):
+        kernel = getattr(focal_loss, f"softmax_{direction}_kernel")
+        configs = {rows_config(1 << n, size, direction == "forward"): (1 << n) for n in reversed(range(18))}
+        for config, classes in configs.items():
+            for spatial, alpha in ((False, True), (True, False)):
+                if spatial and config.rows == 1:
+                    continue
+                if direction == "forward":
+                    types = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "alpha_ptr": f"*{wide}"}
+                    types |= {"loss_ptr": f"*{wide}", "log_sum_exp_ptr": f"*{wide}"}
+                else:
+                    types = {"grad_ptr": f"*{wide}", "x_ptr": f"*{dtype}", "target_ptr": "*i64"}
+                    types |= {"alpha_ptr": f"*{wide}", "log_sum_exp_ptr": f"*{wide}", "out_ptr": f"*{dtype}"}
+                types |= {"gamma": "fp64", "rows": "i64", "classes": "i64", "ignore_index": "i64"}
+                constants = {"SPATIAL": spatial, "ROWS": config.rows, "BLOCK": config.block}
+                if not alpha:
+                    del types["alpha_ptr"]
+                    constants["alpha_ptr"] = None
+                if direction == "forward":
+                    constants["LOOP"] = classes > config.block
+                layout = "spatial" if spatial else "rows"
+                name = f"softmax {direction} {layout} {config.rows}x{config.block} {dtype}"
+                yield name, kernel, types, constants, config.num_warps, focal_loss.ASSERT
 
 
 def compile_case(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: GPUTarget
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    options: dict[str, Any],
+    target: GPUTarget,
 ) -> Any:
     """As the launcher compiles it for tensors at 16-byte addresses and a size that nothing divides."""
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    given = {**types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: given[name] for name in kernel.arg_names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target, {"num_warps": warps})
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target, {"num_warps": warps, **options})
 
 
 def resources(compiled: Any) -> dict[str, Any]:
@@ -98,9 +159,9 @@ def _machine_code(compiled: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Print a JSON line for every kernel, configuration and target."""
-    for name, kernel, types, constants, warps in cases():
+    for name, kernel, types, constants, warps, options in cases():
         for target, gpu in TARGETS.items():
-            compiled = compile_case(kernel, types, constants, warps, gpu)
+            compiled = compile_case(kernel, types, constants, warps, options, gpu)
             print(json.dumps({"case": name, "target": target, "warps": warps, **resources(compiled)}))
             sys.stdout.flush()
 

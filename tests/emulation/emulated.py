@@ -9,7 +9,6 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,7 @@ CSRC = HERE.parents[1] / "csrc"
 sys.path.insert(0, str(CSRC))
 import toolchain  # noqa: E402
 
-from nnfast.activation.op import Kernels, kernel_why_not, run  # noqa: E402
-from nnfast.core.op import Backend  # noqa: E402
+from nnfast.core.op import OPS, Backend  # noqa: E402
 
 _library = torch.library.Library("nnfast_emulated", "DEF")
 
@@ -79,7 +77,7 @@ def load_emulated():
 
 @functools.cache
 def emulated_backend(name: str) -> Backend:
-    """A `cuda` backend of an activation whose kernels run on cpu tensors."""
-    kernels = Kernels.define(_library, name)
+    """A `cuda` backend of an operation whose kernels run on cpu tensors."""
+    backend = OPS[name].compiled_in(_library)
     load_emulated()
-    return Backend("cuda", partial(run, kernels), lambda x, inplace=False: kernel_why_not(x, inplace))
+    return backend

@@ -1,0 +1,89 @@
+"""What the operators of every family share: the library they live in, and what none of our kernels takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import extension, tuning
+from .op import triton_why_not
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What our kernels take."""
+
+LIBRARY = torch.library.Library("nnfast", "DEF")
+
+_ELSEWHERE = {
+    "cpu": "{} is not on the cpu",
+    "cuda": "{} is not on a CUDA device",
+}  # formatting a device is slow
+
+
+def define(library: torch.library.Library, schema: str, fake: Callable[..., Any], overload: str = "") -> Any:
+    """Give a library an operator, `name(arguments) -> result`, and its fake; returns what calls it."""
+    name, _, signature = schema.partition("(")
+    full_name = f"{name}.{overload}" if overload else name
+    library.define(f"{full_name}({signature}")
+    torch.library.register_fake(f"{library.ns}::{full_name}", fake, lib=library)
+    return getattr(getattr(getattr(torch.ops, library.ns), name), overload or "default")
+
+
+def implement(name: str, fallback: Callable[..., Any], in_triton: Callable[..., Any]) -> None:
+    """An operator's fallback on every device, and its overload `triton`; what is compiled adds itself."""
+
+    def checked(*args: Any) -> Any:
+        if missing := triton_why_not(args[0].device.type):
+            raise RuntimeError(f"nnfast::{name}.triton: {missing}")
+        return in_triton(*args)
+
+    LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    for device in ("CUDA", "CPU"):
+        LIBRARY.impl(f"{name}.triton", checked, device)
+
+
+def transformed() -> bool:
+    """A torch.func transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plain_why_not(name: str, x: Tensor) -> list[str]:
+    """What none of our kernels takes as its argument `name`."""
+    reasons = []
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        reasons.append(f"{name} is a {type(x).__name__}; our kernels take plain tensors")
+    if x.layout is not torch.strided:
+        reasons.append(f"{name} has layout {x.layout}; our kernels take torch.strided")
+    if x.dtype not in DTYPES:
+        reasons.append(f"{name} has dtype {x.dtype}; our kernels take {', '.join(map(str, DTYPES))}")
+    return reasons
+
+
+def place_why_not(operator: str, backend: str, name: str, x: Tensor) -> list[str]:
+    """Why `backend` has no kernel of `operator` where its argument `name` is."""
+    if backend == "triton":
+        missing = triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
+        return [missing] * bool(missing)
+    reasons = []
+    if not (x.is_cpu if backend == "cpu" else x.is_cuda):
+        reasons.append(_ELSEWHERE[backend].format(name))
+    if missing := extension.why_not(operator, backend.upper()):
+        reasons.append(missing)
+    return reasons
+
+
+def size_not_worth(operator: str, backend: str, x: Tensor) -> list[str]:
+    """Why x is too small for a backend to pay."""
+    if backend == "triton" and x.is_cpu:
+        return ["interpreted: for tests, not for speed"]
+    grad = x.requires_grad and torch.is_grad_enabled()
+    least = tuning.threshold(operator, backend, grad)
+    if least == tuning.NEVER:
+        return ["not measured to be faster than torch's own kernel"]
+    if x.numel() < least:
+        mode = "with" if grad else "without"
+        return [f"{x.numel()} elements; measured to pay from {least} on {mode} autograd"]
+    return []

@@ -1,0 +1,1 @@
+"""Focal loss, softmax and sigmoid."""

@@ -1,0 +1,303 @@
+"""Focal loss in Triton: softmax over rows, on chip or in a loop, and sigmoid elementwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.triton import exp, log1p_unit, one_minus_exp, power, tl, triton, wide
+from ..core.tuning import pointwise_config, rows_config
+
+
+@triton.jit
+def _rows_of(pid, rows, classes, ROWS: tl.constexpr, SPATIAL: tl.constexpr):
+    """Rows of a program: whether inside, number among all, first element.
+
+    SPATIAL: x is (batch, classes, rows); else (rows, classes), and pid alone numbers the programs.
+    """
+    blocks = tl.cdiv(rows, ROWS)
+    batch = pid // blocks
+    row = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    number = batch * rows + row
+    first = batch * classes * rows + row if SPATIAL else number * classes
+    return inside, number, first
+
+
+@triton.jit
+def _step(c, rows, SPATIAL: tl.constexpr):
+    """Distance of class c from a row's first element."""
+    return c * rows if SPATIAL else c
+
+
+@triton.jit
+def _true_class(target_ptr, number, inside, classes, ignore_index):
+    """Whether a row counts, and its class, 0 where it does not. A class out of range stops the device."""
+    target = tl.load(target_ptr + number, mask=inside, other=0)
+    valid = inside & (target != ignore_index)
+    known = (target >= 0) & (target < classes)
+    tl.device_assert(known | ~valid, "nnfast::softmax_focal_loss: target out of range")
+    return valid, tl.where(valid & known, target, 0)
+
+
+@triton.jit
+def softmax_forward_kernel(
+    x_ptr,
+    target_ptr,
+    alpha_ptr,
+    loss_ptr,
+    log_sum_exp_ptr,
+    gamma: tl.float64,
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    SPATIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+):
+    """Loss and log-sum-exp of ROWS rows of x, each read once, BLOCK classes at a time.
+
+    The true class stays out of the sum, so that 1 - p_t comes without cancellation.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    inside, number, first = _rows_of(pid, rows, classes, ROWS, SPATIAL)
+    valid, target = _true_class(target_ptr, number, inside, classes, ignore_index)
+    true = wide(tl.load(x_ptr + first + _step(target, rows, SPATIAL), mask=inside, other=0.0))
+
+    top = tl.full([ROWS], float("-inf"), true.dtype)
+    rest = tl.zeros([ROWS], true.dtype)
+    anchor = tl.zeros([ROWS], true.dtype)
+    for start in range(0, classes if LOOP else 1, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        x = wide(
+            tl.load(
+                x_ptr + first[:, None] + _step(c, rows, SPATIAL)[None, :],
+                mask=inside[:, None] & (c < classes)[None, :],
+                other=float("-inf"),
+            )
+        )
+        before = top
+        top = tl.maximum(before, tl.max(x, 1))
+        anchor = tl.where(top == float("-inf"), 0.0, top)  # of rows that have begun with -inf alone
+        e = tl.where(
+            c[None, :] == target[:, None], 0.0, exp(x - anchor[:, None], x_ptr.dtype.element_ty == tl.float32)
+        )
+        rest = rest * exp(before - anchor, True) + tl.sum(e, 1)
+
+    e_true = exp(true - anchor, True)
+    total = rest + e_true
+    likely = rest <= e_true
+    log_total = tl.log(total)
+    ce = tl.where(likely, log1p_unit(tl.where(likely, rest / e_true, 0.0)), (top - true) + log_total)
+    q = rest / total
+    loss = power(q, gamma) * ce
+    if alpha_ptr is not None:
+        loss *= tl.load(alpha_ptr + target, mask=inside, other=0.0)
+    tl.store(loss_ptr + number, tl.where(valid, loss, 0.0), mask=inside)
+    tl.store(log_sum_exp_ptr + number, top + log_total, mask=inside)
+
+
+@triton.jit
+def softmax_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    target_ptr,
+    alpha_ptr,
+    log_sum_exp_ptr,
+    out_ptr,
+    gamma: tl.float64,
+    rows: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    SPATIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = k * (p_j - delta_jt) for ROWS rows and BLOCK classes."""
+    pid = tl.program_id(0).to(tl.int64)
+    columns = tl.cdiv(classes, BLOCK)
+    inside, number, first = _rows_of(pid // columns, rows, classes, ROWS, SPATIAL)
+    valid, target = _true_class(target_ptr, number, inside, classes, ignore_index)
+    log_sum_exp = tl.load(log_sum_exp_ptr + number, mask=inside, other=0.0)
+    true = wide(tl.load(x_ptr + first + _step(target, rows, SPATIAL), mask=inside, other=0.0))
+
+    below = log_sum_exp - true
+    ce = tl.where(below < 0.0, 0.0, below)  # rounding may leave it below zero
+    q = one_minus_exp(ce)
+    p = exp(-ce, True)
+    ratio = tl.where(q == 0.0, 1.0, ce / tl.where(q == 0.0, 1.0, q))
+    wide_gamma = tl.full(q.shape, gamma, q.dtype)
+    k = power(q, gamma) * (1.0 + wide_gamma * tl.where(p == 0.0, 0.0, p * ratio))
+    if alpha_ptr is not None:
+        k *= tl.load(alpha_ptr + target, mask=inside, other=0.0)
+    k *= tl.load(grad_ptr + number, mask=inside, other=0.0)
+
+    c = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
+    offsets = first[:, None] + _step(c, rows, SPATIAL)[None, :]
+    mask = inside[:, None] & (c < classes)[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    p_all = exp(wide(x) - log_sum_exp[:, None], x.dtype == tl.float32)
+    slope = tl.where(c[None, :] == target[:, None], -q[:, None], p_all)
+    out = tl.where(valid[:, None], k[:, None] * slope, 0.0)
+    tl.store(out_ptr + offsets, out.to(x.dtype), mask=mask)
+
+
+@triton.jit
+def _sigmoid(x, PRECISE: tl.constexpr):
+    """sigmoid(x), sigmoid(-x) and log(1 + e**-|x|), each to full precision."""
+    e = exp(-tl.abs(x), PRECISE)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x >= 0.0, large, small), tl.where(x >= 0.0, small, large), log1p_unit(e)
+
+
+@triton.jit
+def sigmoid_forward_kernel(
+    x_ptr, target_ptr, out_ptr, alpha: tl.float64, gamma: tl.float64, size: tl.int64, BLOCK: tl.constexpr
+):
+    """out = loss of every element; x, target, out: (size,)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    narrow = tl.load(x_ptr + offsets, mask=mask)
+    x, t = wide(narrow), wide(tl.load(target_ptr + offsets, mask=mask))
+    p, not_p, log_term = _sigmoid(x, narrow.dtype == tl.float32)
+    ce = tl.where(x > 0.0, x, 0.0) - x * t + log_term
+    loss = power(p * (1.0 - t) + not_p * t, gamma) * ce
+    if alpha >= 0.0:
+        a = tl.full(x.shape, alpha, x.dtype)
+        loss *= a * t + (1.0 - a) * (1.0 - t)
+    tl.store(out_ptr + offsets, loss.to(narrow.dtype), mask=mask)
+
+
+@triton.jit
+def sigmoid_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    target_ptr,
+    out_ptr,
+    alpha: tl.float64,
+    gamma: tl.float64,
+    size: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """out = grad * d loss / dx; grad, x, target, out: (size,)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    narrow = tl.load(x_ptr + offsets, mask=mask)
+    x, t = wide(narrow), wide(tl.load(target_ptr + offsets, mask=mask))
+    p, not_p, log_term = _sigmoid(x, narrow.dtype == tl.float32)
+    ce = tl.where(x > 0.0, x, 0.0) - x * t + log_term
+    q = p * (1.0 - t) + not_p * t
+    ratio = tl.where(q == 0.0, 1.0, p * not_p / tl.where(q == 0.0, 1.0, q)) * (1.0 - 2.0 * t)
+    wide_gamma = tl.full(x.shape, gamma, x.dtype)
+    slope = power(q, gamma) * (p * (1.0 - t) - not_p * t + wide_gamma * ce * ratio)
+    if alpha >= 0.0:
+        a = tl.full(x.shape, alpha, x.dtype)
+        slope *= a * t + (1.0 - a) * (1.0 - t)
+    grad = wide(tl.load(grad_ptr + offsets, mask=mask))
+    tl.store(out_ptr + offsets, (grad * slope).to(narrow.dtype), mask=mask)
+
+
+ASSERT = {"debug": True, "sanitize_overflow": False}
+"""Compiler options that keep the check of targets, and nothing else, in the kernel."""
+
+
+def _layout(x: Tensor) -> tuple[int, int, bool]:
+    """Batches and rows of a batch of contiguous x: (N, C, S), and whether classes are not innermost."""
+    n, _, s = x.shape
+    return (n, s, True) if s > 1 else (1, n, False)
+
+
+def softmax_forward(
+    x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp (N, S) of x: (N, C, S), target: (N, S), alpha: (C,)."""
+    x, target = x.contiguous(), target.contiguous()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loss, log_sum_exp = (torch.empty(target.shape, dtype=dtype, device=x.device) for _ in range(2))
+    batches, rows, spatial = _layout(x)
+    if target.numel():
+        config = rows_config(x.shape[1], x.element_size())
+        grid = (batches * triton.cdiv(rows, config.rows),)
+        with torch.accelerator.device_index(x.device.index):
+            softmax_forward_kernel[grid](
+                x,
+                target,
+                None if alpha is None else alpha.contiguous(),
+                loss,
+                log_sum_exp,
+                gamma,
+                rows,
+                x.shape[1],
+                ignore_index,
+                SPATIAL=spatial,
+                ROWS=config.rows,
+                BLOCK=config.block,
+                LOOP=x.shape[1] > config.block,
+                num_warps=config.num_warps,
+                **ASSERT,
+            )
+    return loss, log_sum_exp
+
+
+def softmax_backward(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    alpha: Tensor | None,
+    log_sum_exp: Tensor,
+    gamma: float,
+    ignore_index: int,
+) -> Tensor:
+    """Gradient with respect to x, contiguous; grad: (N, S) of any strides."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    batches, rows, spatial = _layout(x)
+    if x.numel():
+        config = rows_config(x.shape[1], x.element_size(), whole=False)
+        grid = (batches * triton.cdiv(rows, config.rows) * triton.cdiv(x.shape[1], config.block),)
+        with torch.accelerator.device_index(x.device.index):
+            softmax_backward_kernel[grid](
+                grad.contiguous(),
+                x,
+                target.contiguous(),
+                None if alpha is None else alpha.contiguous(),
+                log_sum_exp,
+                out,
+                gamma,
+                rows,
+                x.shape[1],
+                ignore_index,
+                SPATIAL=spatial,
+                ROWS=config.rows,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+                **ASSERT,
+            )
+    return out
+
+
+def _elementwise(
+    kernel: triton.JITFunction, out: Tensor, tensors: tuple[Tensor, ...], alpha: float, gamma: float
+) -> Tensor:
+    """Run a kernel over tensors of one shape, each laid out as out."""
+    size = out.numel()
+    if size:
+        strides = out.stride()
+        same = [t if t.stride() == strides else torch.empty_like(out).copy_(t) for t in tensors]
+        config = pointwise_config(out.element_size(), heavy=True)
+        grid = (triton.cdiv(size, config.block),)
+        with torch.accelerator.device_index(out.device.index):
+            kernel[grid](*same, out, alpha, gamma, size, BLOCK=config.block, num_warps=config.num_warps)
+    return out
+
+
+def sigmoid_forward(x: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Loss of every element, laid out as torch lays it out."""
+    return _elementwise(sigmoid_forward_kernel, torch.empty_like(x), (x, target), alpha, gamma)
+
+
+def sigmoid_backward(grad: Tensor, x: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Gradient with respect to x."""
+    return _elementwise(sigmoid_backward_kernel, torch.empty_like(x), (grad, x, target), alpha, gamma)
