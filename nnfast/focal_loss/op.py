@@ -357,7 +357,10 @@ def _aten_losses(
     """The seed formulation: cross entropy first, then p_t from it; safe where p_t is 1."""
     if label_smoothing or target.is_floating_point():
         return reference.smoothed_focal_loss(x, target, alpha, weight, gamma, ignore_index, label_smoothing)
-    ce = reference.wide(F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none"))
+    rows = x.shape[2] == 1  # torch is faster and more exact over the last dimension
+    logits, classes = (x.squeeze(2), target.squeeze(1)) if rows else (x, target)
+    ce = F.cross_entropy(logits, classes, ignore_index=ignore_index, reduction="none")
+    ce = reference.wide(ce).reshape(target.shape)
     loss = reference.power(1 - torch.exp(-ce), gamma) * ce if gamma else ce
     if alpha is not None or weight is not None:
         index = target.where(target != ignore_index, 0)

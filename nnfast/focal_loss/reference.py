@@ -105,7 +105,8 @@ def smoothed_focal_loss(
     torch's cross entropy; the factor before it knows no smoothing and no weight.
     """
     x = wide(x)
-    log_p = x.log_softmax(1)
+    # torch is faster and more exact over the last dimension
+    log_p = x.squeeze(2).log_softmax(1).unsqueeze(2) if x.shape[2] == 1 else x.log_softmax(1)
     if target.is_floating_point():
         y, valid = target.to(x.dtype), None
         log_p_t = (y * log_p.masked_fill(y == 0, 0)).sum(1)  # 0 * log 0 is 0
