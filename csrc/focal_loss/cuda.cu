@@ -11,7 +11,7 @@ using ComputeOf = typename Scalar<T>::Compute;
 
 // The row's target, or -1 where it is to be ignored.
 template <class T>
-__device__ __forceinline__ int64_t class_of(const SoftmaxRows<T>& rows, int64_t row) {
+NNFAST_INLINE int64_t class_of(const SoftmaxRows<T>& rows, int64_t row) {
   const int64_t target = rows.target[row];
   if (target == rows.ignore_index) return -1;
   NNFAST_DEVICE_CHECK(rows.is_class(target),
