@@ -51,8 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`case` becomes every row of the table, with `run` every backend that serves it on every device."""
     names = metafunc.fixturenames
     needed = {trait for mark in metafunc.definition.iter_markers("trait") for trait in mark.args}
-    families = {name for mark in metafunc.definition.iter_markers("family") for name in mark.args}
-    table = [c for c in TABLE if needed <= c.traits and (not families or c.family in families)]
+    named = {name for mark in metafunc.definition.iter_markers("only") for name in mark.args}
+    table = [c for c in TABLE if needed <= c.traits and (not named or {c.family, c.name} & named)]
     if "run" in names:
         rows = [
             pytest.param(case, run, id=f"{case.name}-{run}")
@@ -74,7 +74,7 @@ def runs(case: Case, device: str) -> list[Run]:
     found = []
     for backend in OPS[case.name].backends:
         try:
-            Run(backend.name, device)(case.ours, case.samples[0](torch.float32, device))
+            Run(backend.name, device)(case.ours, case.example(torch.float32, device))
         except nnfast.BackendError:
             continue
         found.append(Run(backend.name, device))

@@ -44,7 +44,7 @@ def allowed(torchs_error: float, dtype: torch.dtype) -> float:
 
 
 def test_forward_is_as_exact_as_torch(case: Case, run, dtype):
-    for sample in (s for s in case.samples if s.measured):
+    for sample in case.samples:
         x = sample(dtype, run.device)
         truth = case.truth(x.double())
         error = sample.error(run(case.ours, x), truth)
@@ -52,7 +52,7 @@ def test_forward_is_as_exact_as_torch(case: Case, run, dtype):
 
 
 def test_backward_is_as_exact_as_torch(case: Case, run, dtype):
-    for sample in (s for s in case.samples if s.measured):
+    for sample in case.samples:
         x = sample(dtype, run.device)
         grad = upstream(case.torchs(x))
         truth = gradient(case.truth, x.double(), grad.double())
@@ -62,7 +62,7 @@ def test_backward_is_as_exact_as_torch(case: Case, run, dtype):
 
 
 def test_gradcheck_and_gradgradcheck(case: Case, run):
-    x = case.samples[0](torch.float64, run.device).requires_grad_()
+    x = case.example(torch.float64, run.device).requires_grad_()
     with run.forced():
         assert gradcheck(case.ours, x, check_forward_ad=True, check_batched_grad=True)
         assert gradgradcheck(case.ours, x)
@@ -70,7 +70,7 @@ def test_gradcheck_and_gradgradcheck(case: Case, run):
 
 @pytest.mark.trait("inplace")
 def test_inplace_gradcheck(case: Case, run):
-    x = case.samples[0](torch.float64, run.device).requires_grad_()
+    x = case.example(torch.float64, run.device).requires_grad_()
     with run.forced():
         assert gradcheck(lambda x: case.ours(x.clone(), inplace=True), x)
         assert gradgradcheck(lambda x: case.ours(x.clone(), inplace=True), x)
@@ -420,11 +420,16 @@ def test_many_elements(case: Case, run, dtype, size):
     """Enough for several threads, and for results to be streamed past the caches; from an odd address."""
     if not _is_compiled(run):
         pytest.skip("not our compiled kernel: nothing else happens at this size")
-    x = torch.linspace(-20, 20, size + 1, device=run.device).to(dtype)[1:]
-    assert_close(run(case.ours, x), case.torchs(x))
-    grad = upstream(x)
+    sample = Sample("many", lambda: torch.linspace(-20, 20, size + 1))
+    x = sample(dtype, run.device)[1:]
+    truth = case.truth(x.double())
+    error = sample.error(run(case.ours, x), truth)
+    assert error <= allowed(sample.error(case.torchs(x), truth), dtype)
+    grad = upstream(truth).to(dtype)
+    truth = gradient(case.truth, x.double(), grad.double())
     with run.forced():
-        assert_close(gradient(case.ours, x, grad), gradient(case.torchs, x, grad))
+        error = sample.error(gradient(case.ours, x, grad), truth)
+    assert error <= allowed(sample.error(gradient(case.torchs, x, grad), truth), dtype)
 
 
 def _available_bytes(device: str) -> int:
@@ -440,8 +445,8 @@ def test_more_than_2_to_31_elements(case: Case, run):
     if not _is_compiled(run):
         pytest.skip("not our compiled kernel")
     count = 2**31 + 4099
-    if _available_bytes(run.device) < 3 * 2 * count:
-        pytest.skip("needs 13 GB of free memory")
+    if _available_bytes(run.device) < 4 * 2 * count:
+        pytest.skip("needs 17 GB of free memory")
     x = torch.empty(count, dtype=torch.bfloat16, device=run.device)
     x[: 1 << 12], x[-(1 << 13) :] = -3, 1.5
     y = run(case.ours, x)

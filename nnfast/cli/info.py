@@ -17,9 +17,6 @@ from ..core import extension
 from ..core.op import BACKENDS, OPS, forced, triton_why_not
 from ._text import facts, table
 
-ELEMENTS = 1 << 24
-"""Of the sample that backends are asked about: enough for each that is ever worth it."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None: `nnfast info` shows everything."""
@@ -86,16 +83,16 @@ def _library() -> list[tuple[str, str]]:
 def _operations(device: str) -> str:
     """Operation x backend on a device; numbered reasons below."""
     try:
-        sample = torch.empty(ELEMENTS, device=device)
+        calls = [(name, op, op.example(device)) for name, op in sorted(OPS.items())]
     except RuntimeError as error:  # a device in use, out of memory, or too old for this torch
         return f"Operations on {device}: not known, for it gives no memory: {str(error).splitlines()[0]}"
     notes: dict[str, int] = {}
     rows = []
-    for name, op in sorted(OPS.items()):
-        found = op.explain(sample)
+    for name, op, args in calls:
+        found = op.explain(*args)
         cells = dict.fromkeys(BACKENDS, "-")
         for b in op.backends:
-            why_not, reasons = b.why_not(sample), found.reasons[b.name]
+            why_not, reasons = b.why_not(*args), found.reasons[b.name]
             if b.name == found.backend:
                 cells[b.name] = "serves"
             elif not why_not and all("comes first" in reason for reason in reasons):
@@ -103,9 +100,9 @@ def _operations(device: str) -> str:
             else:
                 number = notes.setdefault((why_not or reasons)[0], len(notes) + 1)
                 cells[b.name] = f"{'no' if why_not else 'available'} [{number}]"
-        rows.append([name, *cells.values()])
-    title = f"Operations on {device}, float32[{ELEMENTS}]:"
-    lines = [title, table(["", *BACKENDS], rows, left=1 + len(BACKENDS))]
+        rows.append([name, str(list(args[0].shape)), *cells.values()])
+    title = f"Operations on {device}, float32:"
+    lines = [title, table(["", "of", *BACKENDS], rows, left=2 + len(BACKENDS))]
     if notes:
         lines.append(facts([(f"[{number}]", note) for note, number in notes.items()]))
     return "\n".join(lines)

@@ -148,6 +148,10 @@ class Op:
         self.backends = tuple(backends)
         OPS[name] = self
 
+    def example(self, device: str) -> tuple[Any, ...]:
+        """The arguments of a large call on a device, for `nnfast info`."""
+        return (torch.empty(1 << 24, device=device),)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the chosen backend."""
         return self.choose(*args, **kwargs).run(*args, **kwargs)

@@ -51,8 +51,8 @@ class Config:
 _POINTWISE = {2: Config(2048, 4), 4: Config(1024, 4), 8: Config(512, 8)}
 
 
-# The same for kernels that need many registers for an element: 8 elements a thread, 4 in float64.
-_HEAVY = {2: Config(1024, 4), 4: Config(1024, 4), 8: Config(512, 4)}
+# The same for kernels that need many registers for an element: 4 elements a thread, 2 in float64.
+_HEAVY = {2: Config(512, 4), 4: Config(512, 4), 8: Config(256, 4)}
 
 
 def pointwise_config(element_size: int, heavy: bool = False) -> Config:
@@ -72,13 +72,26 @@ class RowsConfig:
 _WHOLE_ROW = {2: 1 << 15, 4: 1 << 14, 8: 1 << 13}
 """Bytes of an element -> longest row held on chip at once; longer ones are looped over."""
 
+_TILE = {2: 1 << 10, 4: 1 << 10, 8: 1 << 9}
+"""Bytes of an element -> elements of a row that 4 warps hold: 8 a thread, 4 in float64."""
+
 
 def rows_config(length: int, element_size: int, whole: bool = True) -> RowsConfig:
-    """Launch configuration for rows of a length; whole: a program sees all of its rows, in a loop if long."""
-    tile = pointwise_config(element_size, heavy=True).block
+    """Launch configuration for contiguous rows; whole: a program sees all of a row, in a loop if long.
+
+    Short rows share a program, 2 elements a thread: what is computed once a row costs registers for each.
+    """
+    tile = _TILE[element_size]
     longest = _WHOLE_ROW[element_size] if whole else tile
-    power_of_2 = max(1 << (length - 1).bit_length(), 8)
+    power_of_2 = _power_of_2(length)
     block = power_of_2 if power_of_2 <= longest else 4 * tile if whole else tile
-    rows = max(tile // block, 1)
-    num_warps = min(max(rows * block * 4 // tile, 4), 32)
-    return RowsConfig(rows, block, num_warps)
+    return RowsConfig(max(256 // block, 1), block, min(max(block * 4 // tile, 4), 32))
+
+
+def strided_rows_config(length: int, element_size: int) -> RowsConfig:
+    """The same for rows that lie side by side: 32 of them, a warp's accesses, in a loop over the elements."""
+    return RowsConfig(32, min(_power_of_2(length), _TILE[element_size] // 32), 4)
+
+
+def _power_of_2(length: int) -> int:
+    return max(1 << (length - 1).bit_length(), 8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.triton import exp, log1p_unit, one_minus_exp, power, tl, triton, wide
-from ..core.tuning import pointwise_config, rows_config
+from ..core.tuning import RowsConfig, pointwise_config, rows_config, strided_rows_config
 
 
 @triton.jit
@@ -203,10 +203,12 @@ ASSERT = {"debug": True, "sanitize_overflow": False}
 """Compiler options that keep the check of targets, and nothing else, in the kernel."""
 
 
-def _layout(x: Tensor) -> tuple[int, int, bool]:
-    """Batches and rows of a batch of contiguous x: (N, C, S), and whether classes are not innermost."""
-    n, _, s = x.shape
-    return (n, s, True) if s > 1 else (1, n, False)
+def _layout(x: Tensor, whole: bool) -> tuple[int, int, bool, RowsConfig]:
+    """Of contiguous x: (N, C, S), batches, rows of a batch, whether classes are not innermost; the launch."""
+    n, classes, s = x.shape
+    if s > 1:
+        return n, s, True, strided_rows_config(classes, x.element_size())
+    return 1, n, False, rows_config(classes, x.element_size(), whole)
 
 
 def softmax_forward(
@@ -216,9 +218,8 @@ def softmax_forward(
     x, target = x.contiguous(), target.contiguous()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     loss, log_sum_exp = (torch.empty(target.shape, dtype=dtype, device=x.device) for _ in range(2))
-    batches, rows, spatial = _layout(x)
     if target.numel():
-        config = rows_config(x.shape[1], x.element_size())
+        batches, rows, spatial, config = _layout(x, whole=True)
         grid = (batches * triton.cdiv(rows, config.rows),)
         with torch.accelerator.device_index(x.device.index):
             softmax_forward_kernel[grid](
@@ -253,9 +254,8 @@ def softmax_backward(
     """Gradient with respect to x, contiguous; grad: (N, S) of any strides."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    batches, rows, spatial = _layout(x)
     if x.numel():
-        config = rows_config(x.shape[1], x.element_size(), whole=False)
+        batches, rows, spatial, config = _layout(x, whole=False)
         grid = (batches * triton.cdiv(rows, config.rows) * triton.cdiv(x.shape[1], config.block),)
         with torch.accelerator.device_index(x.device.index):
             softmax_backward_kernel[grid](

@@ -449,8 +449,9 @@ class FocalLoss(Op):
         formulas: dict[str, Callable[..., Tensor]],
         why_not: Callable[..., list[str]],
         not_worth: Callable[..., list[str]],
+        targets: Callable[[Tensor], Tensor],
     ) -> None:
-        self.run, self.why_not, self.kernels = run, why_not, kernels
+        self.run, self.why_not, self.kernels, self.targets = run, why_not, kernels, targets
         compiled, triton = kernels(LIBRARY), kernels(LIBRARY, "triton")
         ours = [
             Backend(key, partial(run, found), partial(why_not, key), partial(not_worth, key))
@@ -464,6 +465,11 @@ class FocalLoss(Op):
         if is_compiling() and forced() is None:
             return self.aten(*args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    def example(self, device: str) -> tuple[Any, ...]:
+        """Logits of 16384 rows and 1000 classes, and their targets."""
+        x = torch.empty(16384, 1000, device=device)
+        return x, self.targets(x)
 
     def compiled_in(self, library: torch.library.Library) -> Backend:
         """The `cuda` backend with the operators of another library, on any device."""
@@ -500,6 +506,7 @@ SOFTMAX = FocalLoss(
     {"aten": _aten_losses, "reference": _reference_losses},
     _softmax_why_not,
     _softmax_not_worth,
+    lambda x: x.select(1, 0).long(),
 )
 SIGMOID = FocalLoss(
     "sigmoid_focal_loss",
@@ -508,6 +515,7 @@ SIGMOID = FocalLoss(
     {"aten": reference.sigmoid_formula, "reference": reference.sigmoid_focal_loss},
     _sigmoid_why_not,
     _sigmoid_not_worth,
+    torch.empty_like,
 )
 implement("softmax_focal_loss", reference.softmax_focal_loss, _softmax_in_triton)
 implement("softmax_focal_loss_backward", _softmax_backward, _in_triton("softmax_backward"))

@@ -8,6 +8,8 @@ Half types are computed in float32, their compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,14 +130,25 @@ def smoothed_focal_loss(
 
 def sigmoid_focal_loss(x: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     """Elementwise alpha_t * (1 - p_t)**gamma * ce, with ce the binary cross entropy of logits; x's dtype."""
-    return sigmoid_formula(wide(x), wide(target), alpha, gamma).to(x.dtype)
+    return sigmoid_formula(wide(x), wide(target), alpha, gamma, _sigmoid).to(x.dtype)
 
 
-def sigmoid_formula(x: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+def _sigmoid(x: Tensor) -> Tensor:
+    """sigmoid(x) whose derivative p (1 - p) keeps its digits where p is almost 1."""
+    return F.logsigmoid(x).exp()
+
+
+def sigmoid_formula(
+    x: Tensor,
+    target: Tensor,
+    alpha: float,
+    gamma: float,
+    sigmoid: Callable[[Tensor], Tensor] = torch.sigmoid,
+) -> Tensor:
     """The same in the dtype given. 1 - p_t = p (1 - t) + (1 - p) t, without cancellation."""
     ce = F.binary_cross_entropy_with_logits(x, target, reduction="none")
     if gamma:
-        ce = ce * power(torch.sigmoid(x) * (1 - target) + torch.sigmoid(-x) * target, gamma)
+        ce = ce * power(sigmoid(x) * (1 - target) + sigmoid(-x) * target, gamma)
     return ce * (alpha * target + (1 - alpha) * (1 - target)) if alpha >= 0 else ce
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-pytestmark = pytest.mark.family("activation")
+pytestmark = pytest.mark.only("activation")
 
 OPINFO = {op.name.removeprefix("nn.functional."): op for op in op_db if op.name.startswith("nn.functional.")}
 MODULEINFO = {info.module_cls: info for info in module_db}

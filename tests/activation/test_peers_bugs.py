@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import nnfast
 
-pytestmark = pytest.mark.family("activation")
+pytestmark = pytest.mark.only("activation")
 
 
 def test_mish_gradient_above_22_is_one(run, case):

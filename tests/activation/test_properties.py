@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.ops import DTYPES
 
-pytestmark = pytest.mark.family("activation")
+pytestmark = pytest.mark.only("activation")
 
 
 @st.composite

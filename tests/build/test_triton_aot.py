@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("triton_aot.py")
-REGISTERS = {"fp64": 96, "softmax": 200, "sigmoid": 200}
-"""Most registers of a thread; 64 (half occupancy at least) where nothing is said. Focal loss is untuned."""
-
-
-def limit(report: dict) -> int:
-    return max(REGISTERS.get(word, 64) for word in report["case"].split())
+REGISTERS = {"fp64": 96}
+"""Most registers of a thread; 64 (half occupancy at least) where nothing is said."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def test_every_kernel_and_target_is_compiled(reports):
         for layout in ("rows", "spatial"):
             for dtype in ("bf16", "fp32", "fp64"):
                 found = [r for r in focal if {direction, layout, dtype} <= set(r["case"].split())]
-                assert len(found) >= 6 * 4  # block sizes, targets
+                assert len(found) >= {"rows": 6, "spatial": 2}[layout] * 4  # block sizes, targets
 
 
 def test_nothing_spills(reports):
@@ -44,7 +40,7 @@ def test_nothing_spills(reports):
 
 
 def test_registers_leave_room_for_two_blocks_of_warps(reports):
-    assert [r for r in reports if r["registers"] > limit(r)] == []
+    assert [r for r in reports if r["registers"] > REGISTERS.get(r["case"].split()[-1], 64)] == []
 
 
 def test_shared_memory(reports):

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nnfast.activation import kernels as activation
-from nnfast.core.tuning import pointwise_config, rows_config
+from nnfast.core.tuning import pointwise_config, rows_config, strided_rows_config
 from nnfast.focal_loss import kernels as focal_loss
 
 TARGETS = {
@@ -79,11 +79,13 @@ def softmax_cases(dtype: str, size: int) -> Iterator[Case]:
     wide = "fp64" if dtype == "fp64" else "fp32"
     for direction in ("forward", "backward"):
         kernel = getattr(focal_loss, f"softmax_{direction}_kernel")
-        configs = {rows_config(1 << n, size, direction == "forward"): (1 << n) for n in reversed(range(18))}
-        for config, classes in configs.items():
-            for spatial, alpha in ((False, True), (True, False)):
-                if spatial and config.rows == 1:
-                    continue
+        for spatial, alpha in ((False, True), (True, False)):
+            lengths = [1 << n for n in reversed(range(18))]
+            if spatial:
+                configs = {strided_rows_config(length, size): length for length in lengths}
+            else:
+                configs = {rows_config(length, size, direction == "forward"): length for length in lengths}
+            for config, classes in configs.items():
                 if direction == "forward":
                     types = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "alpha_ptr": f"*{wide}"}
                     types |= {"loss_ptr": f"*{wide}", "log_sum_exp_ptr": f"*{wide}"}

@@ -10,14 +10,9 @@ from torch.testing import assert_close
 import nnfast
 from tests.ops import seed_sigmoid_focal, soft_targets
 
+pytestmark = pytest.mark.only("sigmoid_focal_loss")
 focal = nnfast.functional.sigmoid_focal_loss
 GAMMAS = (0, 0.5, 1, 1.3, 2, 5)
-
-
-@pytest.fixture(params=["triton", "aten", "reference"])
-def forced(request):
-    with nnfast.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

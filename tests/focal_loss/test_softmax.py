@@ -13,16 +13,9 @@ from torch.testing import assert_close
 import nnfast
 from tests.ops import class_targets, seed_focal
 
-pytestmark = pytest.mark.family("focal_loss")
+pytestmark = pytest.mark.only("softmax_focal_loss")
 focal = nnfast.functional.softmax_focal_loss
 GAMMAS = (0, 0.5, 1, 1.3, 2, 5)
-BACKENDS = ("triton", "aten", "reference")
-
-
-@pytest.fixture(params=BACKENDS)
-def forced(request):
-    with nnfast.backend(request.param):
-        yield request.param
 
 
 def both(function, x, grad):
@@ -31,16 +24,23 @@ def both(function, x, grad):
     return y.detach(), torch.autograd.grad(y, x, grad.to(y.dtype))[0]
 
 
-def check(ours, seeds, x, grad=None, tolerance=2e-6):
-    """Values and gradients in float32 against the seed's in float64, by the largest magnitude of each."""
+def check(ours, seeds, x, grad=None):
+    """Values and gradients in float32 against the seed's in float64, by the largest magnitude of each.
+
+    Up to 2e-6, or twice the seed's own error in float32. `test_every_op.py` is stricter, on many numbers.
+    """
     y = seeds(x.double())
     grad = torch.linspace(-1, 2, y.numel()).reshape(y.shape) if grad is None else grad
-    for result, truth in zip(both(ours, x, grad), both(seeds, x.double(), grad), strict=True):
+    truths = both(seeds, x.double(), grad)
+    for result, seed, truth in zip(both(ours, x, grad), both(seeds, x, grad), truths, strict=True):
         assert result.dtype == x.dtype
-        assert_close(result.double(), truth, rtol=0, atol=tolerance * max(float(truth.abs().max()), 1e-30))
+        scale = max(float(truth.abs().max()), 1e-30) if truth.numel() else 1
+        own = (seed.double() - truth).abs().nan_to_num(0).max() if truth.numel() else 0
+        assert_close(result.double(), truth, rtol=0, atol=max(2e-6 * scale, 2 * float(own)))
 
 
-SHAPES = [(5, 2), (7, 3), (6, 10), (10,), (3, 1000), (70, 17), (4, 7, 5), (2, 3, 4, 5), (2, 40, 33)]
+SHAPES = [(5, 2), (7, 3), (6, 10), (10,), (3, 1000), (70, 17), (150, 64), (9, 65), (2, 2049)]
+SHAPES += [(4, 7, 5), (2, 3, 4, 5), (2, 40, 33), (2, 100, 70)]
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -60,7 +60,7 @@ def test_seed(forced, shape, gamma):
 def test_many_classes(forced, classes):
     x = torch.linspace(-8, 8, 2 * classes).reshape(2, classes).sin() * 5
     targets = torch.tensor([classes - 1, 16384])
-    check(lambda x: focal(x, targets, reduction="none"), lambda x: seed_focal(x, targets), x, tolerance=4e-5)
+    check(lambda x: focal(x, targets, reduction="none"), lambda x: seed_focal(x, targets), x)
 
 
 @pytest.mark.parametrize("start", [float("-inf"), -1e4])
