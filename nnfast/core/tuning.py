@@ -95,3 +95,8 @@ def strided_rows_config(length: int, element_size: int) -> RowsConfig:
 
 def _power_of_2(length: int) -> int:
     return max(1 << (length - 1).bit_length(), 8)
+
+
+def linear_chunk(rows: int, classes: int) -> int:
+    """Rows of logits that a linear layer with its loss makes at once: a sixteenth, or 4M logits if more."""
+    return max(-(-rows // 16), (1 << 22) // classes, 1)
