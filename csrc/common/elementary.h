@@ -41,6 +41,28 @@ NNFAST_INLINE T max(T a, T b) {
 
 namespace host {
 
+// AVX-512 multiplies by a power of two in one instruction, denormals and infinity included.
+template <class T>
+constexpr bool has_scale =
+#if defined(__x86_64__) && !defined(__CUDACC__)
+    sizeof(T) == 64;
+#else
+    false;
+#endif
+
+// p * 2^n. By hand: its intrinsic would tie this template to one instruction set.
+template <class T>
+NNFAST_INLINE T scale(T p, T n) {
+  T result = p;
+#if defined(__x86_64__) && !defined(__CUDACC__)
+  if constexpr (sizeof(typename Lanes<T>::Element) == 8)
+    asm("vscalefpd %2, %1, %0" : "=v"(result) : "v"(p), "v"(n));
+  else
+    asm("vscalefps %2, %1, %0" : "=v"(result) : "v"(p), "v"(n));
+#endif
+  return result;
+}
+
 template <class T>
 struct ExpConstants;
 
@@ -51,6 +73,7 @@ template <>
 struct ExpConstants<float> {
   static constexpr float lowest = -88.0f, highest = 88.7f, round_magic = 12582912.0f, log2_e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float lowest_with_denormals = -110.0f, beyond_highest = 89.0f;
   static constexpr int bias = 127, mantissa_bits = 23;
 };
 
@@ -59,6 +82,7 @@ struct ExpConstants<double> {
   static constexpr double lowest = -709.0, highest = 709.7, round_magic = 6755399441055744.0;
   static constexpr double log2_e = 1.4426950408889634;
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double lowest_with_denormals = -750.0, beyond_highest = 710.0;
   static constexpr int bias = 1023, mantissa_bits = 52;
 };
 
@@ -71,19 +95,25 @@ inline constexpr double exp_polynomial_double[] = {
     1.98412695066265242e-4, 1.38888889436223955e-3, 8.33333333349443103e-3, 4.16666666665301842e-2,
     0.166666666666664126,   0.500000000000001062};
 
-template <class T, class Element, int terms>
+// With `bounded`, x is no more than `highest`.
+template <bool bounded, class T, class Element, int terms>
 NNFAST_INLINE T exp(T x, const Element (&polynomial)[terms]) {
   using Constants = ExpConstants<Element>;
   using Bits = typename Lanes<T>::Bits;
-  x = max(T{} + Constants::lowest, min(T{} + Constants::highest, x));
+  constexpr bool scales = has_scale<T>;
+  if constexpr (!bounded) x = min(T{} + (scales ? Constants::beyond_highest : Constants::highest), x);
+  x = max(T{} + (scales ? Constants::lowest_with_denormals : Constants::lowest), x);
   const T shifted = x * Constants::log2_e + Constants::round_magic;
   const T n = shifted - Constants::round_magic;
-  const T scale = __builtin_bit_cast(T, (__builtin_bit_cast(Bits, shifted) + Constants::bias)
-                                            << Constants::mantissa_bits);
   const T r = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
   T p = T{} + polynomial[0];
   for (int i = 1; i < terms; ++i) p = p * r + polynomial[i];
-  return (p * r * r + r + 1) * scale;
+  p = (p * r + 1) * r + 1;
+  if constexpr (scales)
+    return scale(p, n);
+  else
+    return p * __builtin_bit_cast(T, (__builtin_bit_cast(Bits, shifted) + Constants::bias)
+                                         << Constants::mantissa_bits);
 }
 
 template <class T>
@@ -144,6 +174,17 @@ NNFAST_INLINE T log(T x) {
     return log(x, log_polynomial);
 }
 
+// For x in [0, 1] s = x / (2 + x) is at most 1/3, and 2 s = x - s x.
+inline constexpr float log1p_polynomial[] = {0.2802446485f, 0.2799913883f, 0.4002169967f, 0.6666641235f};
+
+template <class T>
+NNFAST_INLINE T log1p_unit(T x) {
+  const T s = x / (2 + x), z = s * s;
+  T p = T{} + log1p_polynomial[0];
+  for (int i = 1; i < 4; ++i) p = p * z + log1p_polynomial[i];
+  return x - s * (x - p * z);
+}
+
 // For finite x > -1/2: what rounding 1 + x lost comes back through the derivative.
 template <class T>
 NNFAST_INLINE T log1p(T x) {
@@ -153,16 +194,17 @@ NNFAST_INLINE T log1p(T x) {
 
 }  // namespace host
 
+// With `bounded`, exp takes an x that is at most 88 (or NaN).
 struct Precise {
-  template <class T>
+  template <bool bounded = false, class T>
   static NNFAST_INLINE T exp(T x) {
 #if defined(__CUDA_ARCH__)
     return ::exp(x);
 #else
     if constexpr (std::is_same_v<typename Lanes<T>::Element, double>)
-      return host::exp(x, host::exp_polynomial_double);
+      return host::exp<bounded>(x, host::exp_polynomial_double);
     else
-      return host::exp(x, host::exp_polynomial);
+      return host::exp<bounded>(x, host::exp_polynomial);
 #endif
   }
 
@@ -184,6 +226,19 @@ struct Precise {
 #endif
   }
 
+  // For x in [0, 1].
+  template <class T>
+  static NNFAST_INLINE T log1p_unit(T x) {
+#if defined(__CUDA_ARCH__)
+    return ::log1p(x);
+#else
+    if constexpr (std::is_same_v<typename Lanes<T>::Element, double>)
+      return host::log1p(x);
+    else
+      return host::log1p_unit(x);
+#endif
+  }
+
   template <class T>
   static NNFAST_INLINE T divide(T a, T b) {
     return a / b;
@@ -191,12 +246,12 @@ struct Precise {
 };
 
 struct Fast {
-  template <class T>
+  template <bool bounded = false, class T>
   static NNFAST_INLINE T exp(T x) {
 #if defined(__CUDA_ARCH__)
     return __expf(x);
 #else
-    return host::exp(x, host::fast_exp_polynomial);
+    return host::exp<bounded>(x, host::fast_exp_polynomial);
 #endif
   }
 
@@ -216,6 +271,15 @@ struct Fast {
     return fabsf(x) < 0x1p-8f ? x * (1 - x * (0.5f - x * 0.333333343f)) : __logf(1 + x);
 #else
     return host::log1p(x);
+#endif
+  }
+
+  template <class T>
+  static NNFAST_INLINE T log1p_unit(T x) {
+#if defined(__CUDA_ARCH__)
+    return log1p(x);
+#else
+    return host::log1p_unit(x);
 #endif
   }
 

@@ -37,10 +37,11 @@ struct Map {
   template <int bytes, bool stream>
   NNFAST_INLINE void vectors(int64_t i, int64_t end) const {
     constexpr int lanes = Pack<T, bytes>::lanes;
+    const Map map = *this;  // in registers, since what is stored may overlap *this
     for (; i + lanes <= end; i += lanes) {
       const T* from[inputs];
-      for (size_t k = 0; k < inputs; ++k) from[k] = in[k] + i;
-      one<bytes, stream>(from, out + i, Each{});
+      for (size_t k = 0; k < inputs; ++k) from[k] = map.in[k] + i;
+      map.template one<bytes, stream>(from, map.out + i, Each{});
     }
     part<bytes>(i, end);
   }

@@ -20,6 +20,7 @@ struct Power {
 
   template <class Math, class T>
   NNFAST_INLINE T of(T q) const {
+    if (whole == 2 && fraction == 0) return q * q;
     T result = T{} + 1, square = q;
     for (int n = whole; n > 0; n >>= 1) {
       if (n & 1) result = result * square;
@@ -100,7 +101,7 @@ struct SigmoidFocalLoss {
   template <class Math, class T>
   NNFAST_INLINE T backward(T grad, T x, T t) const {
     const Terms<T> terms = get<Math>(x, t);
-    T slope = (x < Compute(0) ? terms.small : terms.large) - t;
+    T slope = terms.false_positive - terms.false_negative;
     if (power.gamma != 0) {
       // q' / q = p (1 - p) (1 - 2t) / q; where q = 0, so is the smaller of p and 1 - p.
       const T ratio = terms.q == Compute(0) ? terms.large : Math::divide(terms.large * terms.small, terms.q);
@@ -112,15 +113,19 @@ struct SigmoidFocalLoss {
  private:
   template <class T>
   struct Terms {
-    T large, small, q, cross_entropy;  // large and small: sigmoid of |x| and of -|x|
+    T large, small;  // sigmoid of |x| and of -|x|
+    T false_positive, false_negative;  // p (1 - t) and (1 - p) t
+    T q, cross_entropy;
   };
 
   template <class Math, class T>
   static NNFAST_INLINE Terms<T> get(T x, T t) {
-    const T e = Math::exp(x < Compute(0) ? x : -x);
+    const T e = Math::template exp<true>(x < Compute(0) ? x : -x);
     const T large = Math::divide(T{} + 1, 1 + e), small = e * large;
-    const T q = x < Compute(0) ? small * (1 - t) + large * t : large * (1 - t) + small * t;
-    return {large, small, q, (1 - t) * x - (min(x, T{}) - Math::log1p(e))};
+    const T false_positive = (x < Compute(0) ? small : large) * (1 - t);
+    const T false_negative = (x < Compute(0) ? large : small) * t;
+    const T cross_entropy = (1 - t) * x - (min(x, T{}) - Math::log1p_unit(e));
+    return {large, small, false_positive, false_negative, false_positive + false_negative, cross_entropy};
   }
 };
 
