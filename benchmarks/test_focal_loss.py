@@ -187,7 +187,7 @@ def test_focal_loss(name, shape, dtype, device, quick, benchmark, record):
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes alive at once of what operations return, each storage once; gradients given back included."""
+    """Most bytes alive at once of what operations return, each storage once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -737,13 +737,18 @@ class _Rows:
         of_x: list[Tensor] = []
         of_weight: Tensor | None = None
         of_bias: Tensor | None = None
+        buffer = x.new_empty(count, len(weight))  # new memory would be new pages, chunk after chunk
         for begin in range(0, len(x), count):
             rows = slice(begin, begin + count)
-            some, logits = x[rows], F.linear(x[rows], weight, bias)
+            some = x[rows]
+            logits = buffer[: len(some)]
+            if bias is None:
+                torch.mm(some, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, some, weight.t(), out=logits)
             grad = None if upstream is None else upstream[rows]
             loss, slope = self.slopes(logits, target[rows], grad, *self.options)
             losses.append(loss)
-            del logits
             if slope is None:
                 continue
             if needs[0]:

@@ -58,8 +58,13 @@ def results(loss, x, targets):
 
 @pytest.mark.parametrize(
     "make",
-    [FocalLoss, lambda: FocalLoss(0.5, 3), *(lambda f=f: with_forward(f) for f in (inline, summed, rows))],
-    ids=["seed", "seed with arguments", "inline", "sum", "rows"],
+    [
+        FocalLoss,
+        lambda: FocalLoss(0.5, 3),
+        *(lambda f=f: with_forward(f) for f in (inline, rows)),
+        lambda: with_forward(summed, alpha=1),
+    ],
+    ids=["seed", "seed with arguments", "inline", "rows", "sum"],
 )
 def test_same_numbers_and_back(make):
     loss = make()
@@ -136,7 +141,7 @@ def with_helper(self, x, y):
         (lambda: with_forward(by_mode), "it uses training"),
         (lambda: with_forward(weighted), "calls cross_entropy with"),
         (lambda: with_forward(of_the_mean), "calls cross_entropy with"),
-        (lambda: with_forward(no_power), "it is mean("),
+        (lambda: with_forward(no_power), "it is alpha * cross_entropy(x, target) * sub("),
         (lambda: with_forward(twice), "it is "),
         (lambda: with_forward(wrong_sign), "it is "),
         (lambda: with_forward(swapped_arguments), "it is "),
@@ -144,6 +149,7 @@ def with_helper(self, x, y):
         (lambda: with_forward(lambda self, x: x), "does not take inputs and targets alone"),
         (lambda: FocalLoss(torch.rand(5)), "it uses alpha"),
         (lambda: FocalLoss(gamma=-1), "its gamma is -1"),
+        (lambda: with_forward(summed), "an attribute alpha"),
         (lambda: with_forward(rows, weight=torch.ones(5)), "an attribute weight"),
         (lambda: with_forward(rows, reduction="mean"), "an attribute reduction"),
     ],
