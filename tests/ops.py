@@ -261,7 +261,6 @@ _FOCAL = (
         samples=(
             Sample("rows", lambda: torch.randn(2000, 3)),
             Sample("body", lambda: torch.randn(7, 11, 13)),
-            Sample("few", lambda: torch.randn(50, 4) / 4, "relative"),
         ),
         family="focal_loss",
     ),

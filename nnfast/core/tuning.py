@@ -24,6 +24,9 @@ class Threshold:
 THRESHOLDS: dict[tuple[str, str], Threshold] = {
     ("silu", "cpu"): Threshold(no_grad=1 << 17, grad=1 << 18),
     ("mish", "cpu"): Threshold(no_grad=1 << 11, grad=1 << 12),
+    # logits, at 2 to 32000 classes; no fewer were measured
+    ("softmax_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
+    ("sigmoid_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
 }
 
 
