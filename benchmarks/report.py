@@ -37,7 +37,9 @@ def heading(results: Sequence[Result]) -> str:
 
 def selected(results: Sequence[Result]) -> list[Result]:
     """The few rows that the project's README shows."""
-    return [r for r in results if r.numel in README_SIZES and r.dtype in README_DTYPES]
+    sizes = [r for r in results if r.family == "activation" and r.numel in README_SIZES]
+    promised = [r for r in results if r.family != "activation" and r.targets]
+    return [r for r in sizes + promised if r.dtype in README_DTYPES]
 
 
 def short_table(results: Sequence[Result]) -> str:
@@ -47,7 +49,7 @@ def short_table(results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in selected(results):
-        ratios = " | ".join(f"{r.ratio(name):.2f}x" for name in CONTENDERS)
+        ratios = " | ".join(f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in CONTENDERS)
         stale = " (stale)" if r.stale else ""
         time = human(r.seconds["nnfast"])
         lines.append(
@@ -63,7 +65,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ops = sorted({r.op for r in results})
+    ops = sorted({r.op for r in results if r.direction == "forward"})  # the others have no sizes to go over
     columns = [(d, t) for d in ("forward", "forward+backward") for t in README_DTYPES]
     figure, panels = plt.subplots(
         len(ops),

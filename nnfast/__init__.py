@@ -3,7 +3,7 @@
 from . import functional
 from .activation.module import Mish, SiLU, Swish
 from .core.op import BackendError, Explanation, backend, explain
-from .focal_loss.module import FocalLoss, SigmoidFocalLoss, class_balanced_alpha
+from .focal_loss.module import FocalLoss, LinearFocalLoss, SigmoidFocalLoss, class_balanced_alpha
 from .swap import restore, swap
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __all__ = [
     "BackendError",
     "Explanation",
     "FocalLoss",
+    "LinearFocalLoss",
     "Mish",
     "SiLU",
     "SigmoidFocalLoss",

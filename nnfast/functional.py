@@ -1,6 +1,6 @@
 """The functions behind nnfast's modules."""
 
 from .activation.module import mish, silu, swish
-from .focal_loss.module import sigmoid_focal_loss, softmax_focal_loss
+from .focal_loss.module import linear_focal_loss, sigmoid_focal_loss, softmax_focal_loss
 
-__all__ = ["mish", "sigmoid_focal_loss", "silu", "softmax_focal_loss", "swish"]
+__all__ = ["linear_focal_loss", "mish", "sigmoid_focal_loss", "silu", "softmax_focal_loss", "swish"]

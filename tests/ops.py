@@ -153,6 +153,23 @@ def seed_focal(x: Tensor, targets: Tensor, alpha: Any = 1, gamma: float = 2) -> 
     return alpha * (1 - torch.exp(-ce)) ** gamma * ce
 
 
+def matrix(x: Tensor) -> Tensor:
+    """Weights (7, D) of a linear layer for x: (..., D); exact in every dtype."""
+    return (torch.arange(7 * x.shape[-1], device=x.device) % 13 / 8 - 0.75).reshape(7, -1).to(x.dtype)
+
+
+def row_targets(x: Tensor) -> Tensor:
+    """One of `matrix`' 7 classes for every row of x: (..., D)."""
+    shape = x.shape[:-1]
+    return (torch.arange(math.prod(shape), device=x.device) * 3 % 7).reshape(shape)
+
+
+def seed_linear_focal(x: Tensor) -> Tensor:
+    """The seed's loss of a linear layer's outputs, one a row."""
+    logits = F.linear(x, matrix(x)).reshape(-1, 7)
+    return seed_focal(logits, row_targets(x).reshape(-1)).reshape(x.shape[:-1])
+
+
 def seed_sigmoid_focal(x: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2) -> Tensor:
     """torchvision's sigmoid_focal_loss, without reduction."""
     p = torch.sigmoid(x)
@@ -176,10 +193,10 @@ def _softmax_backward(x: Tensor) -> tuple[Any, ...]:
     return grad, rows, targets, None, _wide(rows).logsumexp(1), 1.5, 2
 
 
-def _softmax_truth(x: Tensor) -> Tensor:
+def _softmax_truth(x: Tensor, targets: Tensor | None = None) -> Tensor:
     rows = x.unsqueeze(0) if x.dim() == 1 else x
     rows = rows.flatten(2) if x.dim() > 2 else rows.unsqueeze(-1)
-    targets = class_targets(x)
+    targets = class_targets(x) if targets is None else targets
     loss, _ = focal_reference.softmax_focal_loss(rows, targets.reshape(rows.shape[0], -1), None, 2, -100)
     return loss.reshape(targets.shape)
 
@@ -228,6 +245,24 @@ _FOCAL = (
         samples=_FOCAL_SAMPLES,
         family="focal_loss",
         traits=frozenset({"elementwise"}),
+    ),
+    Case(
+        name="linear_focal_loss",
+        ours=lambda x: nnfast.functional.linear_focal_loss(x, matrix(x), row_targets(x), reduction="none"),
+        torchs=seed_linear_focal,
+        module=nnfast.LinearFocalLoss,
+        torch_module=torch.nn.Linear,
+        seed=seed_linear_focal,
+        truth=lambda x: _softmax_truth(
+            F.linear(x, matrix(x)).reshape(-1, 7), row_targets(x).reshape(-1)
+        ).reshape(x.shape[:-1]),
+        operators={},
+        example=_EXAMPLE,
+        samples=(
+            Sample("rows", lambda: torch.randn(2000, 3)),
+            Sample("body", lambda: torch.randn(7, 11, 13)),
+        ),
+        family="focal_loss",
     ),
 )
 

@@ -455,7 +455,8 @@ def test_more_than_2_to_31_elements(case: Case, run):
 
 
 def test_samples_cover_both_metrics(case: Case):
-    assert {s.metric for s in case.samples} == {"norm", "relative"}
+    if case.operators:  # of a product, gradients cross zero
+        assert {s.metric for s in case.samples} == {"norm", "relative"}
     sample = Sample("x", lambda: torch.ones(2))
     assert sample.error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
     assert sample.error(torch.tensor([1.0, 1.5]), torch.ones(2)) == 0.5

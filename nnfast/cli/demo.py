@@ -2,7 +2,8 @@
 
 Both start from the same weights and see the same batches and dropout masks. Their steps take turns, so that
 whatever else the machine does disturbs both alike. Shows losses, held-out accuracy, time, memory and which
-backend served each operation, and writes a plot to a PNG.
+backend served each operation, and writes a plot to a PNG. Then some classes are made rare, and what cross
+entropy and focal loss find of each class is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 import nnfast
 
-from . import CommandError
+from . import CommandError, _imbalance
 from ._tasks import TASKS, Task
 from ._text import facts, table
 from ._training import Result, train
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--output: {args.output} cannot be made a directory: {error.strerror}") from None
     for task in TASKS:
         _show(task, args)
+    _imbalance.show(args.device, args.epochs, args.steps, args.batch_size, args.seed)
     return 0
 
 

@@ -75,15 +75,18 @@ def place_why_not(operator: str, backend: str, name: str, x: Tensor) -> list[str
     return reasons
 
 
-def size_not_worth(operator: str, backend: str, x: Tensor) -> list[str]:
-    """Why x is too small for a backend to pay."""
+def size_not_worth(
+    operator: str, backend: str, x: Tensor, numel: int | None = None, requires_grad: bool | None = None
+) -> list[str]:
+    """Why x, or as many elements, is too small for a backend to pay."""
     if backend == "triton" and x.is_cpu:
         return ["interpreted: for tests, not for speed"]
-    grad = x.requires_grad and torch.is_grad_enabled()
+    numel = x.numel() if numel is None else numel
+    grad = torch.is_grad_enabled() and (x.requires_grad if requires_grad is None else requires_grad)
     least = tuning.threshold(operator, backend, grad)
     if least == tuning.NEVER:
         return ["not measured to be faster than torch's own kernel"]
-    if x.numel() < least:
+    if numel < least:
         mode = "with" if grad else "without"
-        return [f"{x.numel()} elements; measured to pay from {least} on {mode} autograd"]
+        return [f"{numel} elements; measured to pay from {least} on {mode} autograd"]
     return []

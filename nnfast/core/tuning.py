@@ -24,6 +24,9 @@ class Threshold:
 THRESHOLDS: dict[tuple[str, str], Threshold] = {
     ("silu", "cpu"): Threshold(no_grad=1 << 17, grad=1 << 18),
     ("mish", "cpu"): Threshold(no_grad=1 << 11, grad=1 << 12),
+    # logits, at 2 to 32000 classes; no fewer were measured
+    ("softmax_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
+    ("sigmoid_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
 }
 
 
@@ -95,3 +98,8 @@ def strided_rows_config(length: int, element_size: int) -> RowsConfig:
 
 def _power_of_2(length: int) -> int:
     return max(1 << (length - 1).bit_length(), 8)
+
+
+def linear_chunk(rows: int, classes: int) -> int:
+    """Rows of logits that a linear layer with its loss makes at once: a sixteenth, or 4M logits if more."""
+    return max(-(-rows // 16), (1 << 22) // classes, 1)

@@ -82,7 +82,49 @@ def sigmoid_focal_loss(
     return op.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
 
 
+def linear_focal_loss(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1,
+    gamma: float = 2,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """`softmax_focal_loss(F.linear(x, weight, bias), target, ...)` without ever holding all logits.
+
+    They are made a chunk of rows at a time, a sixteenth of them or 4M if that is more. With a mean or a sum
+    the gradients are made along with the loss; with reduction "none" the backward makes the logits once more.
+    All logits are held under torch.func's transforms, for a double backward, where alpha or class_weight
+    require grad, and under torch.compile where torch's own operations serve.
+
+    Args:
+        x: (..., D); any floating-point dtype.
+        weight: (C, D), as `nn.Linear` has it, in x's dtype.
+        target: (...) classes in int64, int32 or uint8.
+        bias: (C,), in x's dtype.
+        alpha, gamma, ignore_index, label_smoothing, reduction: as `softmax_focal_loss` takes them.
+        class_weight: (C,), `softmax_focal_loss`'s weight.
+
+    Returns:
+        A scalar, or with reduction "none" a tensor of target's shape, in x's dtype; float32 under autocast.
+
+    Raises:
+        TypeError, ValueError, IndexError, BackendError: as `softmax_focal_loss` does.
+
+    Source: Lin et al. 2017, arXiv:1708.02002, eq. 5, over softmax.
+    """
+    return op.linear_focal_loss(
+        x, weight, target, bias, alpha, gamma, class_weight, ignore_index, label_smoothing, reduction
+    )
+
+
 # what `nnfast.explain` looks up
+linear_focal_loss.nnfast_op = "linear_focal_loss"  # type: ignore[attr-defined]
 softmax_focal_loss.nnfast_op = "softmax_focal_loss"  # type: ignore[attr-defined]
 sigmoid_focal_loss.nnfast_op = "sigmoid_focal_loss"  # type: ignore[attr-defined]
 
@@ -135,19 +177,37 @@ class FocalLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Alpha, gamma and what differs from the defaults."""
-        alpha = (
-            f"(C={len(self.alpha)})" if isinstance(self.alpha, Tensor) and self.alpha.dim() else self.alpha
+        return _loss_repr(self, self.weight, "weight")
+
+
+def _loss_repr(loss: FocalLoss | LinearFocalLoss, weight: Tensor | None, name: str) -> str:
+    alpha = f"(C={len(loss.alpha)})" if isinstance(loss.alpha, Tensor) and loss.alpha.dim() else loss.alpha
+    parts = [f"alpha={alpha}", f"gamma={loss.gamma}"]
+    if weight is not None:
+        parts.append(f"{name}=(C={len(weight)})")
+    defaults = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
+    parts += [
+        f"{key}={getattr(loss, key)!r}" for key, default in defaults.items() if getattr(loss, key) != default
+    ]
+    return ", ".join(parts)
+
+
+class RowsFocalLoss(FocalLoss):
+    """`FocalLoss` whose mean counts ignored targets too, as rows of loss 0: what user-written losses do."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See `nnfast.functional.softmax_focal_loss`."""
+        loss = op.softmax_focal_loss(
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.weight,
+            self.ignore_index,
+            self.label_smoothing,
+            "none",
         )
-        parts = [f"alpha={alpha}", f"gamma={self.gamma}"]
-        if self.weight is not None:
-            parts.append(f"weight=(C={len(self.weight)})")
-        defaults = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
-        parts += [
-            f"{name}={getattr(self, name)!r}"
-            for name, default in defaults.items()
-            if getattr(self, name) != default
-        ]
-        return ", ".join(parts)
+        return loss if self.reduction == "none" else loss.mean() if self.reduction == "mean" else loss.sum()
 
 
 class SigmoidFocalLoss(nn.Module):
@@ -169,6 +229,68 @@ class SigmoidFocalLoss(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+
+
+class LinearFocalLoss(nn.Linear):
+    """A classifier with its focal loss: (x, target) to the loss, the logits never whole in memory.
+
+    Called with x alone it gives the logits, as the `nn.Linear` that it is. Arguments: `nn.Linear`'s, then
+    `linear_focal_loss`'s; tensors alpha and class_weight are buffers that stay out of the state_dict.
+
+    x: (..., in_features). Target: (...) classes.
+    """
+
+    nnfast_op = "linear_focal_loss"
+    alpha: float | Tensor
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        alpha: float | Tensor = 1,
+        gamma: float = 2,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        op.check_options("nnfast.LinearFocalLoss", gamma, reduction)
+        super().__init__(in_features, num_classes, bias, device, dtype)
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha, persistent=False)
+        else:
+            self.alpha = alpha
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss, see `nnfast.functional.linear_focal_loss`; without a target the logits."""
+        if target is None:
+            return super().forward(x)
+        return op.linear_focal_loss(
+            x,
+            self.weight,
+            target,
+            self.bias,
+            self.alpha,
+            self.gamma,
+            self.class_weight,
+            self.ignore_index,
+            self.label_smoothing,
+            self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The layer's shape, and the loss's arguments that differ from the defaults."""
+        return f"{super().extra_repr()}, {_loss_repr(self, self.class_weight, 'class_weight')}"
 
 
 def class_balanced_alpha(counts: Tensor | Sequence[int], beta: float = 0.999) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from . import seed, timm, torch_nn, transformers
+from . import seed, seed_loss, timm, torch_nn, torchvision, transformers
 from .rule import Proposal, Rule, public_name
 
 RULES: list[Rule] = [
@@ -23,7 +23,9 @@ RULES: list[Rule] = [
     timm.modules,
     transformers.modules,
     torch_nn.function_attributes,
+    torchvision.modules,
     seed.modules,
+    seed_loss.modules,
 ]
 """In order: the first rule that has anything to say of a module decides."""
 
@@ -36,10 +38,13 @@ def swap(model: nn.Module) -> Report:
 
     Replaced are `nn.SiLU` and `nn.Mish`, timm's and transformers' own, user-written classes whose forward is
     exactly `x * torch.sigmoid(x)` or `x * torch.tanh(F.softplus(x))` in any spelling, and the functions
-    `F.silu` and `F.mish` where a module holds them as attributes. Modules stay the same objects with the same
+    `F.silu` and `F.mish` where a module holds them as attributes; user-written focal losses whose forward is
+    `alpha * (1 - exp(-ce)) ** gamma * ce` over `F.cross_entropy`; and the classification head of
+    torchvision's RetinaNet, whose loss then calls nnfast's. Modules stay the same objects with the same
     attributes, hooks and state_dict; so a module that another model shares is swapped there too, just as
-    `.eval()` would reach it. Two things differ: called by keyword, an activation's argument is `input`; and
-    `torch.jit.script` cannot read nnfast's modules, so restore before it.
+    `.eval()` would reach it. Two things differ: called by keyword, an activation's argument is `input`, a
+    focal loss's are `inputs` and `targets`; and `torch.jit.script` cannot read nnfast's modules, so restore
+    before it.
 
     Args:
         model: any module, wrapped (DDP, torch.compile, FX) or not. It may be an activation itself.

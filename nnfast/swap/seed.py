@@ -48,9 +48,9 @@ def modules(module: nn.Module) -> list[Proposal]:
             _LOOKS_ALIKE.search(cls.__name__) and not _OTHERS.search(cls.__name__) and not _is_block(module)
         )
         reason = f"forward is not exactly x * sigmoid(x) or x * tanh(softplus(x)): {obstacle}"
-        return [Proposal(public_name(cls), reasons=(reason, *_obstacles(module)))] if alike else []
+        return [Proposal(public_name(cls), reasons=(reason, *obstacles(module)))] if alike else []
     new, formula = FORMULAS[term]
-    reasons = _obstacles(module)
+    reasons = obstacles(module)
     if not reasons and not instance_reasons(module) and (difference := _difference(cls, formula)):
         reasons.append(difference)
     return new_class(module, new, reasons)
@@ -61,7 +61,7 @@ def _is_block(module: nn.Module) -> bool:
     return any(child._parameters or child._buffers for child in module.modules() if child is not module)
 
 
-def _obstacles(module: nn.Module) -> list[str]:
+def obstacles(module: nn.Module) -> list[str]:
     """Why a class of nnfast could not stand in, whatever forward computes."""
     cls = type(module)
     reasons = []

@@ -283,6 +283,45 @@ def test_compile(options):
     assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (result, expected)))
 
 
+@pytest.mark.parametrize("ignored", ["some", "all"])
+def test_ignored_rows_in_a_compiled_graph(forced, ignored):
+    """Liger-Kernel#1338, with our own operators in the graph."""
+    torch._dynamo.reset()
+    x = torch.randn(12, 5, requires_grad=True)
+    targets = class_targets(x)
+    targets[:: 2 if ignored == "some" else 1] = 255
+
+    def f(x):
+        return focal(x, targets, ignore_index=255, reduction="sum")
+
+    loss = torch.compile(f, fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert_close(loss, f(x))
+    assert_close(grad, torch.autograd.grad(f(x), x)[0])
+    assert not grad[::2].any()
+
+
+def test_grad_scaler(forced):
+    """A float16 gradient comes through the scale with its digits; an infinite one skips the step."""
+    torch.manual_seed(4)
+    x = torch.nn.Parameter((torch.randn(8, 5) * 3).half().float())
+    targets, before = class_targets(x), x.detach().clone()
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=2.0**14)
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    scaler.scale(focal(x.half(), targets)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    truth = both(lambda x: seed_focal(x, targets).mean(), before.double(), torch.ones(()))[1]
+    assert_close((before - x.detach()).double(), truth, rtol=2e-3, atol=2e-6)
+    after, scale = x.detach().clone(), scaler.get_scale()
+    optimizer.zero_grad()
+    scaler.scale(focal(x.half(), targets) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(x, after)
+    assert scaler.get_scale() < scale
+
+
 @pytest.mark.parametrize("make", [nnfast.FocalLoss, nnfast.SigmoidFocalLoss])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_needs_no_nnfast(make, strict):
