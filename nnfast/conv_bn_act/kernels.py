@@ -1,8 +1,8 @@
 """Batch norm + residual + activation in Triton: statistics and sums over blocks of rows, elementwise passes.
 
-Memory is seen as rows: (N * S, C) where channels are innermost, else (N * C, S). A program of a reduction holds
-a tile of rows x columns, goes down the rows that are its own, and writes what it found for its channels, to be
-merged in a fixed order.
+Memory is seen as rows: (N * S, C) where channels are innermost, else (N * C, S). A program of a reduction
+holds a tile of rows x columns, goes down the rows that are its own, and writes what it found for its
+channels, to be merged in a fixed order.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _of_channels(ptr, channel, known, INNERMOST: tl.constexpr):
 
 @triton.jit
 def _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOST: tl.constexpr):
-    """mean, inv_std, scale and bias of channels: x_hat = (x - mean) * inv_std, z = (x - mean) * scale + bias."""
+    """mean, inv_std, scale, bias of channels: x_hat = (x - mean) * inv_std, z = (x - mean) * scale + bias."""
     mean = _of_channels(mean_ptr, channel, known, INNERMOST)
     var = _of_channels(var_ptr, channel, known, INNERMOST)
     inv_std = 1.0 / tl.sqrt(var + _scalar(eps, var.dtype))
@@ -101,9 +101,7 @@ def _bits(mask_ptr, row, column, columns, inside):
 
 
 @triton.jit
-def _dz(
-    grad, z, mask_ptr, row, column, columns, inside, slope, ACT: tl.constexpr, PRECISE: tl.constexpr
-):
+def _dz(grad, z, mask_ptr, row, column, columns, inside, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
     """grad * act'(z), with the sign of z from its bit where there is a mask."""
     if mask_ptr is not None:
         below = grad * _scalar(slope, grad.dtype) if ACT == 2 else grad * 0.0
@@ -115,7 +113,7 @@ def _dz(
 
 @triton.jit
 def _reduced(columns, channels, INNERMOST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a reducing program: columns; channels (one alone if not innermost); its split; partials of a channel.
+    """Of a reducing program: columns, channels (one alone if not innermost), split, number of its partials.
 
     Programs are numbered by column block, then channel, then split.
     """
@@ -124,10 +122,12 @@ def _reduced(columns, channels, INNERMOST: tl.constexpr, COLUMNS: tl.constexpr):
     block = pid % blocks
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     if INNERMOST:
-        return column, column, pid // blocks, pid // blocks
-    channel = (pid // blocks) % channels + tl.arange(0, 1)
-    split = pid // (blocks * channels)
-    return column, channel, split, split * blocks + block
+        channel, split, partial = column, pid // blocks, pid // blocks
+    else:
+        channel = (pid // blocks) % channels + tl.arange(0, 1)
+        split = pid // (blocks * channels)
+        partial = split * blocks + block
+    return column, channel, split, partial
 
 
 @triton.jit
@@ -276,9 +276,7 @@ def forward_kernel(
     """y = act(norm(x) [+ residual | + its norm]), and a bit for each z > 0 (relu: not z <= 0)."""
     row, column, inside, channel, known = _tile(rows, columns, channels, INNERMOST, ROWS, COLUMNS)
     offsets = row[:, None] * columns + column[None, :]
-    mean, _, scale, bias = _norm(
-        mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOST
-    )
+    mean, _, scale, bias = _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOST)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
     z = (wide(x) - mean) * scale + bias
     if residual_ptr is not None:
@@ -382,9 +380,7 @@ def sums_kernel(
             else:
                 z += r
         grad = wide(tl.load(grad_ptr + offsets, mask=inside, other=0.0))
-        dz = _dz(
-            grad, z, mask_ptr, memory_row, column, columns, inside, slope, ACT, x.dtype == tl.float32
-        )
+        dz = _dz(grad, z, mask_ptr, memory_row, column, columns, inside, slope, ACT, x.dtype == tl.float32)
         dz = tl.where(inside, dz, 0.0)
         sum_dz += dz
         sum_dz_x += tl.where(inside, dz * centred, 0.0)
@@ -661,6 +657,16 @@ def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         out = (dx, None if r_mean is None else dresidual)
         with _device(x):
             backward_kernel[grid](
-                _alike(grad, x), x, *norm, *of_residual, mask, slope, *given, 1 / count, *out, ACT=act, **launch
+                _alike(grad, x),
+                x,
+                *norm,
+                *of_residual,
+                mask,
+                slope,
+                *given,
+                1 / count,
+                *out,
+                ACT=act,
+                **launch,
             )
     return dx, dresidual

@@ -401,6 +401,8 @@ def _gradients_by_formula(
         # a tensor may be there twice: gradients are those of its places
         places: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
         x, weight, bias, residual, residual_weight, residual_bias = places
+        dtype = x.dtype
+        x = x.to(compute_dtype(x))  # once: its gradients are summed in the compute dtype
         if norm.batch:
             moments = reference.statistics(x)
             if residual_norm is not None:
@@ -411,7 +413,7 @@ def _gradients_by_formula(
         else:
             y = reference.act(z, act, slope)
         wanted = [p for p, need in zip(places, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y.to(x.dtype), wanted, grad, create_graph=create_graph))
+        found = iter(torch.autograd.grad(y.to(dtype), wanted, grad, create_graph=create_graph))
     return tuple(next(found) if need else None for need in needs)  # type: ignore[return-value]
 
 
@@ -475,7 +477,7 @@ def _run_reference(
     act: int = IDENTITY,
     slope: float = 0.01,
 ) -> Tensor:
-    if norm.group is not None:
+    if norm.group is not None or not (transformed() or is_compiling()):
         return run(_Formulas, x, norm, residual, residual_norm, act, slope)
     norm, residual_norm = _with_offset(norm), _with_offset(residual_norm)
     moments: list[Tensor] = []
