@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
 from ..core import tuning
@@ -180,7 +181,7 @@ def _merge(moments: Sequence[Tensor], count: int, group: Any) -> tuple[list[Tens
     channels = [len(m) for m in moments]
     local = torch.cat([*moments, moments[0].new_full((1,), count)])
     everyone = local.new_empty(dist.get_world_size(group), len(local))
-    dist.all_gather_into_tensor(everyone, local, group=group)
+    dist.all_gather(list(everyone.unbind()), local, group=group)
     counts = everyone[:, -1:]
     total = counts.sum()
     share = counts / total
@@ -646,6 +647,13 @@ def recomputing() -> bool:
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _with_copies(norm: Norm) -> Norm:
+    """The norm with running statistics that nobody will read."""
+    if norm.running_mean is None or norm.running_var is None:
+        return norm
+    return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
+
+
 def check(
     x: Tensor,
     norm: Norm,
@@ -722,11 +730,16 @@ def batch_norm_act(
     if residual_norm is not None and (norm.batch, norm.group) != (residual_norm.batch, residual_norm.group):
         z = batch_norm_act(x, norm, None, None, IDENTITY, slope)
         return batch_norm_act(residual, residual_norm, z, None, act, slope)  # type: ignore[arg-type]
+    if is_compiling() and norm.group is not None:
+        return _outside_compile(x, norm, residual, residual_norm, act, slope)
     if is_compiling() and forced() is None:
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     if norm.batch and recomputing():
-        norm = norm._replace(running_mean=None, running_var=None)
-        if residual_norm is not None:
-            residual_norm = residual_norm._replace(running_mean=None, running_var=None)
+        norm = _with_copies(norm)
+        residual_norm = None if residual_norm is None else _with_copies(residual_norm)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)
     return result
+
+
+_outside_compile = _disable_dynamo(batch_norm_act)
+"""The same where processes talk: torch.compile does without it."""
