@@ -585,15 +585,9 @@ def update_(
     momentum: float,
 ) -> None:
     """Running statistics, in place."""
-    channels = len(mean)
-    own = [t if t.is_contiguous() else t.contiguous() for t in (running_mean, running_var)]
+    arguments = (running_mean, running_var, mean, var, offset, correction, momentum, len(mean))
     with _device(mean):
-        update_kernel[(triton.cdiv(channels, 256),)](
-            *own, mean, var, offset, correction, momentum, channels, CHANNELS=256, num_warps=4
-        )
-    for given, written in zip((running_mean, running_var), own, strict=True):
-        if written is not given:
-            given.copy_(written)
+        update_kernel[(triton.cdiv(len(mean), 256),)](*arguments, CHANNELS=256, num_warps=4)
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ class Kernels:
 
 def _wide(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A (C,) tensor as operators take it."""
-    return value if value is None or value.dtype == dtype else value.to(dtype)
+    return None if value is None else value.to(dtype).contiguous()
 
 
 def _count(x: Tensor) -> int:
@@ -303,7 +303,7 @@ class _BatchNormAct(torch.autograd.Function):
         ]
         saved = ctx.saved_tensors
         requires = any(t is not None and t.requires_grad for t in (grad, *saved))
-        batched = transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
         formula = batched or (requires and torch.is_grad_enabled())
         dx, dw, db, dr, drw, drb = (_gradients_by_formula if formula else _gradients)(ctx, grad, *saved)
         return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], None, None, None, None, None

@@ -209,6 +209,15 @@ def test_offset_is_the_bias_that_was_not_added(backend, training):
             assert_close(bn.state_dict(), twin.state_dict())
 
 
+def test_strided_parameters_and_statistics(backend):
+    """Buffers and parameters may be views."""
+    base = torch.rand(4, 5, 2)
+    twin, x = base.clone(), torch.randn(3, 5, 2, 4)
+    y = nnfast.functional.batch_norm_act(x, *base[..., 0].unbind(), training=True, act="identity")
+    assert_close(y, F.batch_norm(x, *twin[..., 0].unbind(), training=True))
+    assert_close(base, twin)
+
+
 def test_residual_is_the_input(backend):
     for act in ACTS:
         bn = batch_norm(4)
@@ -273,6 +282,8 @@ def test_any_number_of_dimensions(backend, dimensions):
 
 def test_constant_input(backend):
     """Variance 0: not a little below it, and no NaN."""
+    if backend.backend == "aten":
+        pytest.skip("torch's own rounding")
     for value in (0.0, 1.0, 1e4 + 0.1, -3e-5):
         for layout in ("contiguous", "channels_last"):
             bn = batch_norm(3)
@@ -287,6 +298,8 @@ def test_constant_input(backend):
 @pytest.mark.parametrize("mean", [10.0, 1e3, 1e4, -1e5])
 def test_large_mean_and_small_variance(backend, mean):
     """E[x**2] - E[x]**2 has no right digit from 1e4 on."""
+    if backend.backend == "aten":
+        pytest.skip("torch's own rounding")
     for layout in ("contiguous", "channels_last"):
         x = LAYOUTS[layout](torch.randn(8, 6, 13, 11) + mean)
         exact = x.double()
@@ -434,6 +447,8 @@ def test_no_mask_without_grad(backend):
 
 
 def test_versions_of_running_statistics(backend):
+    if backend.backend == "aten":
+        pytest.skip("torch leaves them, so that one module may be called again before backward")
     bn = batch_norm(4)
     for _ in range(2):
         versions = [t._version for t in (bn.running_mean, bn.running_var, bn.num_batches_tracked)]
