@@ -34,10 +34,11 @@ struct LaneBits {
   using Mask = decltype(V{} > V{});
   static constexpr int parts = P::parts, lanes = P::lanes;
 
-  static NNFAST_INLINE Mask spread(uint32_t bits, int part) {
+  // Not 0 in the lanes whose bit is set. Bits, since GCC takes a Mask apart that crosses a branch.
+  static NNFAST_INLINE Bits spread(uint32_t bits, int part) {
     Bits lane_bit;
     for (int i = 0; i < lanes / parts; ++i) lane_bit[i] = 1u << (i * parts + part);
-    return ((Bits{} + bits) & lane_bit) != 0;
+    return (Bits{} + bits) & lane_bit;
   }
 
   static NNFAST_INLINE uint32_t gather(const Mask (&mask)[parts]) {
@@ -95,7 +96,7 @@ struct LaneBits {
 // Walks over stretches. Body offers
 //   tables, inputs, outputs, sums   how many coefficients of a column, tensors read, written (or null), sums
 //   takes_bits, gives_bits          whether it may read a mask, and whether it may write one
-//   apply<Math>(in, column, open, out, term, gives)   on vectors; `gives` is what the mask is made of
+//   apply<Math>(in, column, open, out, term, z)   on vectors; the mask to write says where act.is_open(z)
 template <class Body, int bytes>
 struct Engine {
   using T = typename Body::Element;
@@ -180,6 +181,7 @@ struct Engine {
     for (int k = 0; k < outputs; ++k) to[k] = again ? out[k] + first + i - again : padded[inputs + k];
     uint32_t open = 0;
     if (Body::takes_bits && bits) open = get(bits, i, count) << again;
+    if (Body::takes_bits && bits && again) open |= get(bits, i - lanes, lanes) >> count;
     const uint32_t keep = ((1u << count) - 1) << again;
     V sum[slots][parts] = {};
     const int64_t j = i % width;
@@ -197,18 +199,18 @@ struct Engine {
                              V (&sum)[slots][parts]) const {
     P packs[inputs], results[sinks];
     for (int k = 0; k < inputs; ++k) packs[k] = P::load(from[k]);
-    Mask gives[parts] = {};
+    V z[parts] = {};
     for (int part = 0; part < parts; ++part) {
       V x[inputs], c[tables], y[sinks] = {}, term[slots] = {};
       for (int k = 0; k < inputs; ++k) x[k] = packs[k].part[part];
       for (int k = 0; k < tables; ++k)
         std::memcpy(&c[k], columns + k * table_width + part * (lanes / parts), sizeof(V));
-      const Mask opened = Body::takes_bits ? LB::spread(open, part) : Mask{};
-      body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, gives[part]);
+      const auto opened = LB::spread(open, part);
+      body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, z[part]);
       for (int k = 0; k < outputs; ++k) results[k].part[part] = y[k];
       for (int s = 0; s < sums; ++s)
         if constexpr (partial)
-          sum[s][part] += LB::spread(keep, part) ? term[s] : V{};
+          sum[s][part] += LB::spread(keep, part) != 0 ? term[s] : V{};
         else
           sum[s][part] += term[s];
     }
@@ -222,7 +224,11 @@ struct Engine {
       results[k].template store<false>(to[k]);
     }
     if constexpr (Body::gives_bits)
-      if (bits_out) return LB::gather(gives);
+      if (bits_out) {
+        Mask open_z[parts];
+        for (int part = 0; part < parts; ++part) open_z[part] = body.act.is_open(z[part]);
+        return LB::gather(open_z);
+      }
     return 0;
   }
 
@@ -514,8 +520,8 @@ struct Moments {
   static constexpr int tables = 1, inputs = 1, outputs = 0, sums = 2;
   static constexpr bool takes_bits = false, gives_bits = false;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask, V*, V* term, Mask&) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open, V*, V* term, V&) const {
     const V d = in[0] - column[0];
     term[0] = d;
     term[1] = d * d;
@@ -541,10 +547,9 @@ struct Forward {
   static constexpr bool takes_bits = false, gives_bits = true;
   AnyActivation<typename Scalar<T>::Compute> act;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask, V* out, V*, Mask& gives) const {
-    const V z = z_of<residual>(in, column);
-    gives = act.is_open(z);
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open, V* out, V*, V& z) const {
+    z = z_of<residual>(in, column);
     out[0] = act.template forward<Math>(z);
   }
 };
@@ -558,8 +563,8 @@ struct Gradients {
   AnyActivation<typename Scalar<T>::Compute> act;
   bool masked;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE V dz(const V* in, const V* column, Mask open) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE V dz(const V* in, const V* column, Open open) const {
     if (masked) return act.gated(in[0], open);
     return act.template backward<Math>(in[0], z_of<residual>(in + 1, column));
   }
@@ -569,8 +574,8 @@ template <class T, bool residual>
 struct GradientSums : Gradients<T, residual> {
   static constexpr int tables = z_tables<residual>, outputs = 1, sums = 2 + residual;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask open, V* out, V* term, Mask&) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open open, V* out, V* term, V&) const {
     out[0] = term[0] = this->template dz<Math>(in, column, open);
     term[1] = term[0] * (in[1] - column[0]);
     if constexpr (residual) term[2] = term[0] * (in[2] - column[3]);
@@ -582,8 +587,8 @@ template <class T, bool residual>
 struct Backward : Gradients<T, residual> {
   static constexpr int first = z_tables<residual>, tables = residual ? 9 : 5, outputs = 1 + residual, sums = 0;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask open, V* out, V*, Mask&) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open open, V* out, V*, V&) const {
     const V dz = this->template dz<Math>(in, column, open);
     out[0] = column[1] * dz + (column[first] * (in[1] - column[0]) + column[first + 1]);
     if constexpr (residual)

@@ -36,8 +36,9 @@ struct AnyActivation {
   NNFAST_INLINE T backward(T grad, T z) const {
     switch (which) {
       case Activation::relu:
+        return z <= T{} ? T{} : grad;
       case Activation::leaky_relu:
-        return gated(grad, is_open(z));
+        return z > T{} ? grad : grad * slope;
       case Activation::silu:
         return Silu::backward<Math>(grad, z);
       case Activation::mish:
@@ -52,13 +53,13 @@ struct AnyActivation {
 
   template <class T>
   NNFAST_INLINE auto is_open(T z) const {
-    return which == Activation::relu ? (z > T{}) | (z != z) : (z > T{}) | (z > T{});
+    return (z > T{}) | ((z != z) & -int(which == Activation::relu));
   }
 
   template <class T, class Open>
   NNFAST_INLINE T gated(T grad, Open open) const {
-    const T closed = which == Activation::relu ? T{} : grad * slope;
-    return open ? grad : closed;
+    if (which == Activation::relu) return open != 0 ? grad : T{};
+    return open != 0 ? grad : grad * slope;
   }
 };
 

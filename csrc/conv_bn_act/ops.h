@@ -57,16 +57,22 @@ struct BatchNormAct {
   static void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
                      const Tensor& var, const Optional& offset, double correction, double momentum) {
     const ScalarType dtype = mean.scalar_type();
-    check(dtype == ScalarType::Float || dtype == ScalarType::Double, update_name, ": mean has dtype ",
-          describe(dtype), "; it takes Float or Double");
-    check(mean.dim() == 1 && mean.is_contiguous(), update_name, ": mean has shape ", describe(mean.sizes()),
-          "; it needs to be (C,) and contiguous");
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double)
+      fail(update_name, ": mean has dtype ", describe(dtype), "; it takes Float or Double");
+    if (mean.dim() != 1 || !mean.is_contiguous())
+      fail(update_name, ": mean has shape ", describe(mean.sizes()), "; it needs to be (C,) and contiguous");
     check_channels(update_name, "var", var, mean, mean.size(0), dtype);
     if (offset) check_channels(update_name, "offset", *offset, mean, mean.size(0), dtype);
     check_channels(update_name, "running_mean", running_mean, mean, mean.size(0),
                    running_mean.scalar_type());
     check_channels(update_name, "running_var", running_var, mean, mean.size(0), running_var.scalar_type());
-    for (const Tensor* running : {&running_mean, &running_var}) dispatch(update_name, *running, [](auto) {});
+    for (const Tensor* running : {&running_mean, &running_var}) {
+      const ScalarType type = running->scalar_type();
+      if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half &&
+          type != ScalarType::Double)
+        fail(update_name, ": running_mean and running_var take Float, Double, Half or BFloat16, got ",
+             describe(type));
+    }
     const auto update_one = [&](const Tensor& running, const Tensor& value, const Tensor* offset,
                                 double factor) {
       dispatch(update_name, running, [&](auto element) {
