@@ -146,6 +146,8 @@ class Op:
     def __init__(self, name: str, backends: Sequence[Backend]) -> None:
         self.name = name
         self.backends = tuple(backends)
+        self.arguments: Callable[..., tuple[Any, ...]] | None = None
+        """Turns the arguments of the public function into the operation's, where they are others."""
         OPS[name] = self
 
     def example(self, device: str) -> tuple[Any, ...]:
@@ -248,7 +250,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(
             f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}"
         )
-    return OPS[name].explain(*args, **kwargs)
+    found = OPS[name]
+    own = None if isinstance(op, (str, type)) else getattr(op, "nnfast_arguments", None)
+    if convert := own or found.arguments:
+        args, kwargs = convert(*args, **kwargs), {}
+    return found.explain(*args, **kwargs)
 
 
 def _describe(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
