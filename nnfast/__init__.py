@@ -2,6 +2,7 @@
 
 from . import functional
 from .activation.module import Mish, SiLU, Swish
+from .conv_bn_act.module import BatchNormAct2d
 from .core.op import BackendError, Explanation, backend, explain
 from .focal_loss.module import FocalLoss, SigmoidFocalLoss, class_balanced_alpha
 from .swap import restore, swap
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BatchNormAct2d",
     "Explanation",
     "FocalLoss",
     "Mish",

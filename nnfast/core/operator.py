@@ -45,6 +45,18 @@ def implement(name: str, fallback: Callable[..., Any], in_triton: Callable[..., 
         LIBRARY.impl(f"{name}.triton", checked, device)
 
 
+def channels_innermost(x: Tensor) -> bool:
+    """Of dense x: (N, C, *spatial): memory rows are (N * S, C), not (N * C, S)."""
+    return x.shape[2:].numel() == 1 or not x.is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x: (N, C, *spatial) itself where it is contiguous or has channels innermost, else a contiguous copy."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
 def transformed() -> bool:
     """A torch.func transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,0 +1,1 @@
+"""Batch norm, residual and activation in one pass."""
