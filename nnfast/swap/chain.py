@@ -9,12 +9,15 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..activation import module as activation
+from ..conv_bn_act.module import normalise
+from ..core.operator import transformed
 
 IDENTITY = ("identity", 0.0)
 ACTIVATIONS: dict[type, tuple[str, float]] = {
@@ -40,16 +43,6 @@ _DO_NOTHING_IN_EVAL = {
 }
 _READ_ONLY = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 """Modules whose output is new and whose input stays as it is."""
-
-
-class Norm(NamedTuple):
-    """The batch norm alone of a module that does more; the rest follows it in the list."""
-
-    module: Any
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As its class's first part would."""
-        return normalised(None, self.module, x)
 
 
 class Act(NamedTuple):
@@ -122,7 +115,20 @@ def is_conv(item: Any) -> bool:
 
 def is_norm(item: Any) -> bool:
     """A batch norm that can be fused."""
-    return type(item) is Norm or (type(item) is nn.BatchNorm2d and plain(item))
+    return type(item) is nn.BatchNorm2d and plain(item)
+
+
+def norm_of(module: nn.Module) -> nn.Module:
+    """The nn.BatchNorm2d in a subclass that does more: another class's view of the same attributes."""
+    view = _NORMS.get(module)
+    if view is None or vars(view) is not vars(module):
+        view = object.__new__(nn.BatchNorm2d)
+        object.__setattr__(view, "__dict__", vars(module))
+        _NORMS[module] = view
+    return view
+
+
+_NORMS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def activation_of(item: Any) -> tuple[str, float] | None:
@@ -180,13 +186,14 @@ def match(
 
 
 def eager(x: object) -> bool:
-    """An ordinary call on images. torch's compilers and tracers get the modules themselves."""
+    """An ordinary call on images. Compilers, tracers and transforms get the modules themselves."""
     return (
         type(x) is Tensor
         and x.dim() == 4
         and x.device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not transformed()
         and not torch_module._has_any_global_hook()
     )
 
@@ -247,15 +254,11 @@ def _tail(items: list[Any]) -> tuple[list[Any], Any, Any]:
 def _cannot_tell(items: list[Any], norm: Any) -> bool:
     """Items may run earlier: they write to nothing that was there before, and do not use the batch norm."""
     known = all(
-        type(item) in (Norm, Act) or ((type(item) in _READ_ONLY or activation_of(item)) and plain(item))
+        type(item) is Act or ((type(item) in _READ_ONLY or activation_of(item)) and plain(item))
         for item in items
     )
-    first = not items or type(items[0]) is Norm or type(items[0]) in _READ_ONLY
-    return known and first and all(_module(item) is not _module(norm) for item in items)
-
-
-def _module(item: Any) -> Any:
-    return item.module if type(item) is Norm else item
+    first = not items or type(items[0]) in _READ_ONLY
+    return known and first and all(item is not norm for item in items)
 
 
 def _fits(residual: object, residual_conv: Any, conv: Any, x: Tensor) -> bool:
@@ -297,7 +300,10 @@ def normalised(
     act: tuple[str, float] = IDENTITY,
 ) -> Tensor:
     """act(norm(conv(x)) + residual_norm(residual_conv(residual))), where any but norm may be missing."""
-    raise NotImplementedError
+    x = conv(x) if conv else x
+    residual = residual_conv(residual) if residual_conv else residual
+    name, slope = act
+    return normalise(norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope)
 
 
 # The classes of what was swapped

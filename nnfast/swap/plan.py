@@ -15,10 +15,11 @@ from .chain import (
     IDENTITY,
     Act,
     Add,
-    Norm,
     Swapped,
     eager,
     flatten,
+    norm_of,
+    plain,
     run,
 )
 from .read import Program, Ref, Step, answer, function
@@ -196,14 +197,14 @@ class FusedNorm(Swapped):
 
     def forward(self, x: Any) -> Any:
         """As the class's own."""
-        if not eager(x):
+        if not (eager(x) and plain(self)):  # type: ignore[arg-type]
             return super().forward(x)  # type: ignore[misc]
         return run(flatten(norm_parts(self), parts), x)
 
 
 def norm_parts(module: Any) -> list[Any]:
     """What timm's BatchNormAct2d does."""
-    return [Norm(module), module.drop, module.act]
+    return [norm_of(module), module.drop, module.act]
 
 
 def parts(module: nn.Module) -> list[Any] | None:
