@@ -1,7 +1,16 @@
 """The functions behind nnfast's modules."""
 
 from .activation.module import mish, silu, swish
+from .conv_bn_act.blocks import conv_bn_act
 from .conv_bn_act.module import batch_norm_act
 from .focal_loss.module import sigmoid_focal_loss, softmax_focal_loss
 
-__all__ = ["batch_norm_act", "mish", "sigmoid_focal_loss", "silu", "softmax_focal_loss", "swish"]
+__all__ = [
+    "batch_norm_act",
+    "conv_bn_act",
+    "mish",
+    "sigmoid_focal_loss",
+    "silu",
+    "softmax_focal_loss",
+    "swish",
+]

@@ -82,3 +82,8 @@ def rows_config(length: int, element_size: int, whole: bool = True) -> RowsConfi
     rows = max(tile // block, 1)
     num_warps = min(max(rows * block * 4 // tile, 4), 32)
     return RowsConfig(rows, block, num_warps)
+
+
+CHANNELS_LAST_PIXELS = 14 * 14
+"""Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
+run inside in channels_last: oneDNN's convolutions of 7x7 images are slower there."""
