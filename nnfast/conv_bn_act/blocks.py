@@ -353,19 +353,32 @@ def _chain(
     if _traced(x):
         return _as_written(units, x, residual, shortcut)
     parts = None if shortcut is None else _parts(shortcut)
-    via = _pays_channels_last([*units, *(parts or ())], x)
+    if parts is None:
+        return chain(units, x, residual, shortcut=shortcut)
+    return chain(units, x, None if parts else residual, *parts)
+
+
+def chain(
+    units: Sequence[Unit],
+    x: Tensor,
+    residual: Tensor | None = None,
+    projection: Unit | None = None,
+    shortcut: nn.Module | None = None,
+) -> Tensor:
+    """The units one after another; the last adds residual, projection(x) or shortcut(x) before its activation.
+
+    x is an ordinary tensor; the projection's activation is the identity.
+    """
+    via = _pays_channels_last([*units, *([projection] if projection else [])], x)
     y = entered = _enter(x) if via else x
     pair = (x, entered) if via else None
     for unit in units[:-1]:
-        y = _run(unit, y, via=pair)
-    projection = None
-    if parts:
-        projection = (parts[0], entered)
-    elif parts is None and shortcut is not None:
+        y = run(unit, y, via=pair)
+    if shortcut is not None:
         residual = shortcut(x)
     elif residual is x:
         residual = entered
-    y = _run(units[-1], y, residual, projection, via=pair)
+    y = run(units[-1], y, residual, (projection, entered) if projection else None, via=pair)
     return _leave(y) if via else y
 
 
@@ -450,7 +463,7 @@ def _known(unit: Unit) -> tuple[str, float] | None:
 Via = tuple[Tensor, Tensor] | None
 
 
-def _run(
+def run(
     unit: Unit,
     x: Tensor,
     residual: Tensor | None = None,

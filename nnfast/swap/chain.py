@@ -316,6 +316,11 @@ class Swapped:
     mixin: type[Swapped]
     swapped_from: type
 
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """What the class needs beyond what it inherits."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are found by no name; they are made again from the ones they stand for."""
         function, arguments, *rest = super().__reduce_ex__(max(2, int(protocol)))
@@ -328,7 +333,7 @@ def subclass(mixin: type[Swapped], cls: type) -> Any:
     """The class `cls` with `mixin` before it, under the same name: isinstance and all methods stay."""
     if (mixin, cls) not in _SUBCLASSES:
         members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-        members.update(mixin=mixin, swapped_from=cls)
+        members.update(mixin.members(cls), mixin=mixin, swapped_from=cls)
         _SUBCLASSES[mixin, cls] = type(cls.__name__, (mixin, cls), members)
     return _SUBCLASSES[mixin, cls]
 

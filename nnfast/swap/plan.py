@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -171,15 +171,18 @@ def _needs(part: Line | Alone) -> set[int]:
 class FusedForward(Swapped):
     """Runs the plan of its forward while that holds, and its own forward otherwise."""
 
-    _nnfast_plan: Plan
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """`forward`, with the signature of the base class's."""
+        return {"forward": wraps(base.forward)(_forward)}  # type: ignore[attr-defined]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class's own."""
-        if len(args) == 1 and not kwargs and eager(args[0]):
-            plan = self.__dict__["_nnfast_plan"]
-            if plan.holds(self):
-                return execute(plan, self, args[0])
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and eager(args[0]):
+        plan: Plan = self.__dict__["_nnfast_plan"]
+        if plan.holds(self):
+            return execute(plan, self, args[0])
+    return self.swapped_from.forward(self, *args, **kwargs)
 
 
 class FusedSequential(Swapped):
