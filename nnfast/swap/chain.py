@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..activation import module as activation
+from ..conv_bn_act import blocks
+from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
 from ..core.operator import transformed
 
@@ -203,17 +205,55 @@ def run(items: list[Any], x: Any) -> Any:
     at = 0
     while at < len(items):
         chain = match(items, at) if eager(x) else None
-        if chain is not None and chain.pays:
-            x = _run_chain(chain, x, items[at + chain.length - 1])
+        if chain is not None and chain.conv is not None:
+            x, at = _run_convolutions(items, at, chain, x)
+        elif chain is not None and chain.pays:
             at += chain.length
+            x = _run_chain(chain, x, items[at - 1])
         elif type(items[at]) is Add and eager(x):
             act = activation_of(items[at + 1]) if at + 1 < len(items) else None
-            x = _add_after(x, items[at], act or IDENTITY, items[at + 1] if act else None, fresh=False)
-            at += 1 + (act is not None)
+            last = items[at + 1] if act else None
+            add, at = items[at], at + 1 + (act is not None)
+            x = _add_after(x, add, act or IDENTITY, last, fresh=False)
         else:
             x = items[at](x)
             at += 1
     return x
+
+
+def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tuple[Tensor, int]:
+    """Chains that follow each other, up to the sum that makes them a residual block; where the list goes on."""
+    units: list[Unit] = []
+    chain: Chain | None = first
+    while chain is not None and chain.conv is not None and chain.add is None:
+        units.append(_unit(chain.conv, chain.norm, chain.act))
+        at += chain.length
+        chain = match(items, at) if at < len(items) else None
+    if chain is not None and chain.conv is not None and chain.add is not None:
+        add = chain.add
+        block = [*units, _unit(chain.conv, chain.norm, chain.act)]
+        if add.x is x and (found := _projection(add, block, x)) is not None:
+            return blocks.chain(block, x, None if found else x, *found), at + chain.length
+        if not units:
+            return _run_chain(chain, x, items[at + chain.length - 1]), at + chain.length
+    return blocks.chain(units, x), at
+
+
+def _projection(add: Add, block: list[Unit], x: Tensor) -> list[Unit] | None:
+    """The convolution and batch norm around a block, or none; None if there is anything else."""
+    rest, conv, norm = _tail(add.items)
+    if rest or (norm is None) != (conv is None) or (norm is None and add.to_branch):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or any(unit.bn is norm for unit in block):
+        return None
+    shape = tuple(x.shape)
+    for unit in block:
+        shape = _shape(unit.conv, shape)
+    return None if shape != _shape(conv, tuple(x.shape)) else [_unit(conv, norm)] if conv else []
+
+
+def _unit(conv: Any, norm: Any, act: tuple[str, float] = IDENTITY) -> Unit:
+    return Unit(conv, norm, *act)
 
 
 def _run_chain(chain: Chain, x: Tensor, last: Any) -> Tensor:
@@ -275,19 +315,20 @@ def _fits(residual: object, residual_conv: Any, conv: Any, x: Tensor) -> bool:
     return (
         len(dtypes) == 1
         and residual.device == x.device
-        and _shape(conv, x) == _shape(residual_conv, residual)
+        and _shape(conv, tuple(x.shape)) == _shape(residual_conv, tuple(residual.shape))
     )
 
 
-def _shape(conv: Any, x: Tensor) -> tuple[int, ...]:
+def _shape(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of conv(x), for x of a shape."""
     if conv is None:
-        return tuple(x.shape)
-    if conv.padding == "same":
-        return (x.shape[0], conv.out_channels, *x.shape[2:])
-    padding = (0, 0) if conv.padding == "valid" else conv.padding
-    sizes = zip(x.shape[2:], padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
-    spatial = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
-    return (x.shape[0], conv.out_channels, *spatial)
+        return shape
+    sizes = []
+    for i in range(2):
+        padding = conv._reversed_padding_repeated_twice[2 - 2 * i : 4 - 2 * i]
+        whole = shape[2 + i] + sum(padding) - conv.dilation[i] * (conv.kernel_size[i] - 1)
+        sizes.append((whole - 1) // conv.stride[i] + 1)
+    return (shape[0], conv.out_channels, *sizes)
 
 
 def normalised(
@@ -300,10 +341,17 @@ def normalised(
     act: tuple[str, float] = IDENTITY,
 ) -> Tensor:
     """act(norm(conv(x)) + residual_norm(residual_conv(residual))), where any but norm may be missing."""
-    x = conv(x) if conv else x
-    residual = residual_conv(residual) if residual_conv else residual
     name, slope = act
-    return normalise(norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope)
+    if conv is None:
+        if residual_conv is not None and residual is not None:
+            residual, residual_norm = blocks.run(_unit(residual_conv, residual_norm), residual), None
+        return normalise(norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope)
+    projection = None
+    if residual is not None and residual_conv is not None:
+        residual, projection = None, (_unit(residual_conv, residual_norm), residual)
+    elif residual is not None and residual_norm is not None:
+        residual = normalise(residual_norm, residual)
+    return blocks.run(_unit(conv, norm, act), x, residual, projection)
 
 
 # The classes of what was swapped
