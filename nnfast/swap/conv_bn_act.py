@@ -34,8 +34,6 @@ _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.
 
 def modules(module: nn.Module) -> list[Proposal]:
     """Containers that call a convolution and a batch norm, or a batch norm and an activation, in turn."""
-    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        return []
     if timm.is_norm_act(module):
         found = _norm_act(module)
     else:
@@ -44,7 +42,7 @@ def modules(module: nn.Module) -> list[Proposal]:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and getattr(type(module), "forward", None) is nn.Sequential.forward
 
 
 def _norm_act(module: nn.Module) -> list[Proposal]:
@@ -77,8 +75,10 @@ def _forward(module: nn.Module) -> list[Proposal]:
 
 def _may_hold_chains(module: nn.Module) -> bool:
     """It has batch norms below, and a forward of a user's."""
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return False
     forward = inspect.getattr_static(type(module), "forward", None)
-    ours = getattr(forward, "__module__", "").startswith(("torch.nn.modules.", "nnfast."))
+    ours = str(getattr(forward, "__module__", "")).startswith(("torch.nn.modules.", "nnfast."))
     return not ours and any(isinstance(each, nn.BatchNorm2d) for each in module.modules() if each is not module)
 
 
@@ -219,7 +219,7 @@ def _near_misses(called: list[tuple[str, Any]]) -> list[str]:
 def _is_a(module: Any, base: type, word: str) -> bool:
     return isinstance(module, base) or (
         isinstance(module, nn.Module)
-        and word in type(module).__name__.lower()
+        and word in str(getattr(module, "original_name", type(module).__name__)).lower()
         and not any(isinstance(each, nn.Module) for each in module.children())
     )
 

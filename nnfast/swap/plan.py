@@ -174,15 +174,17 @@ class FusedForward(Swapped):
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
         """`forward`, with the signature of the base class's."""
-        return {"forward": wraps(base.forward)(_forward)}  # type: ignore[attr-defined]
+        forward: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
 
+        @wraps(forward)
+        def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs and eager(args[0]):
+                plan: Plan = self.__dict__["_nnfast_plan"]
+                if plan.holds(self):
+                    return execute(plan, self, args[0])
+            return forward(self, *args, **kwargs)
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and not kwargs and eager(args[0]):
-        plan: Plan = self.__dict__["_nnfast_plan"]
-        if plan.holds(self):
-            return execute(plan, self, args[0])
-    return self.swapped_from.forward(self, *args, **kwargs)
+        return {"forward": fused}
 
 
 class FusedSequential(Swapped):
