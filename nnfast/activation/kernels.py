@@ -10,18 +10,18 @@ from ..core.tuning import pointwise_config
 
 
 @triton.jit
-def _silu(x, PRECISE: tl.constexpr):
+def silu(x, PRECISE: tl.constexpr):
     return x / (1.0 + exp(-x, PRECISE))
 
 
 @triton.jit
-def _silu_backward(grad, x, PRECISE: tl.constexpr):
+def silu_backward(grad, x, PRECISE: tl.constexpr):
     s = 1.0 / (1.0 + exp(-x, PRECISE))
     return grad * (s * (1.0 + x * (1.0 - s)))
 
 
 @triton.jit
-def _mish(x, PRECISE: tl.constexpr):
+def mish(x, PRECISE: tl.constexpr):
     # tanh(log(1 + n)) = w / (w + 2) with n = e**x, w = n * (n + 2); it is 1 beyond x = 20
     n = exp(tl.where(x > 20.0, 20.0, x), PRECISE)
     w = n * (n + 2.0)
@@ -29,7 +29,7 @@ def _mish(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _mish_backward(grad, x, PRECISE: tl.constexpr):
+def mish_backward(grad, x, PRECISE: tl.constexpr):
     c = tl.where(x > 20.0, 20.0, x)
     n = exp(c, PRECISE)
     w = n * (n + 2.0)
@@ -41,7 +41,7 @@ def _mish_backward(grad, x, PRECISE: tl.constexpr):
 def _forward_tile(x_ptr, y_ptr, offsets, mask, ACTIVATION: tl.constexpr):
     x = tl.load(x_ptr + offsets, mask=mask)
     PRECISE: tl.constexpr = x.dtype == tl.float32
-    y = _mish(wide(x), PRECISE) if ACTIVATION == "mish" else _silu(wide(x), PRECISE)
+    y = mish(wide(x), PRECISE) if ACTIVATION == "mish" else silu(wide(x), PRECISE)
     tl.store(y_ptr + offsets, y.to(x.dtype), mask=mask)
 
 
@@ -62,9 +62,9 @@ def _backward_tile(grad_ptr, x_ptr, out_ptr, offsets, mask, ACTIVATION: tl.const
     grad = tl.load(grad_ptr + offsets, mask=mask)
     PRECISE: tl.constexpr = x.dtype == tl.float32
     if ACTIVATION == "mish":
-        out = _mish_backward(wide(grad), wide(x), PRECISE)
+        out = mish_backward(wide(grad), wide(x), PRECISE)
     else:
-        out = _silu_backward(wide(grad), wide(x), PRECISE)
+        out = silu_backward(wide(grad), wide(x), PRECISE)
     tl.store(out_ptr + offsets, out.to(x.dtype), mask=mask)
 
 

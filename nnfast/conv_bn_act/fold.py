@@ -30,7 +30,7 @@ _SHAPES = 4
 class Folded:
     """Weight (O, I / groups, kH, kW) and bias (O,) of a convolution with its batch norm in it.
 
-    The bias is in the type it was computed in: float32.
+    Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
     __slots__ = ("bias", "eps", "probes", "reordered", "sources", "states", "weight")
@@ -42,11 +42,11 @@ class Folded:
         weight, bias, gamma, beta, mean, var = (None if t is None else t.detach() for t in self.sources)
         with torch.inference_mode(False), torch.no_grad():
             self.probes = [_probe(t) for t in self.sources[:4]]
-            scale = (var.float() + self.eps).rsqrt()  # type: ignore[union-attr]
-            scale = scale if gamma is None else scale * gamma.float()
-            shift = -mean.float() if bias is None else bias.float() - mean.float()  # type: ignore[union-attr]
-            self.bias = shift * scale if beta is None else torch.addcmul(beta.float(), shift, scale)
-            self.weight = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype)  # type: ignore[union-attr]
+            scale = (var.double() + self.eps).rsqrt()  # type: ignore[union-attr]
+            scale = scale if gamma is None else scale * gamma
+            shift = -mean.double() if bias is None else bias.double() - mean  # type: ignore[union-attr,operator]
+            self.bias = (shift * scale if beta is None else shift * scale + beta).float()
+            self.weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)  # type: ignore[union-attr,operator]
         self.reordered: dict[tuple[int, ...], Tensor] = {}
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
@@ -286,11 +286,17 @@ def run(
     else:
         weight = found.weight
     y = _run_onednn(found.bias, weight, conv, padding, x, residual, act, negative_slope)
-    return y if channels_last else y.contiguous()
+    if channels_last:
+        return y
+    return y.contiguous() if y.stride(1) != 1 else y.flatten().view(y.shape)
 
 
 def _channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """torch takes x for channels_last: of a shape with ones it may be both, or neither."""
+    contiguous, last = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
+    if contiguous != last:
+        return last
+    return torch._prims_common.suggest_memory_format(x) is torch.channels_last
 
 
 def _run_onednn(
