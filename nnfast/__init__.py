@@ -2,6 +2,7 @@
 
 from . import functional
 from .activation.module import Mish, SiLU, Swish
+from .conv_bn_act.blocks import BasicBlock, Bottleneck, ConvBNAct, ResidualBlock
 from .conv_bn_act.module import BatchNormAct2d, convert_sync_batchnorm
 from .core.op import BackendError, Explanation, backend, explain
 from .focal_loss.module import FocalLoss, LinearFocalLoss, SigmoidFocalLoss, class_balanced_alpha
@@ -11,11 +12,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BasicBlock",
     "BatchNormAct2d",
+    "Bottleneck",
+    "ConvBNAct",
     "Explanation",
     "FocalLoss",
     "LinearFocalLoss",
     "Mish",
+    "ResidualBlock",
     "SiLU",
     "SigmoidFocalLoss",
     "Swish",

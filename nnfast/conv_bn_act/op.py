@@ -743,3 +743,20 @@ def batch_norm_act(
 
 _outside_compile = _disable_dynamo(batch_norm_act)
 """The same where processes talk: torch.compile does without it."""
+
+
+def again(y: Tensor) -> Callable[[], Tensor] | None:
+    """What computes y = act(norm(x)) again from what its backward has of it; None if y is no such result."""
+    node: Any = y.grad_fn
+    kind: Any = _BatchNormAct._backward_cls  # type: ignore[attr-defined]
+    if not isinstance(node, kind) or node.has_residual:
+        return None
+
+    def compute() -> Tensor:
+        norm, _, act, slope, kernels = node.options
+        x, weight, bias, *_, mean, var = node.saved_tensors
+        arguments = _arguments(x, (mean, var), weight, bias, norm.eps, None, None, None, 0.0)
+        with torch.no_grad():
+            return kernels.forward(*arguments, act, slope, False)[0]  # type: ignore[no-any-return]
+
+    return compute

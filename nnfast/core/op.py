@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "aten", "reference")
-"""Every backend name: our C++/CUDA, Triton and C++ CPU kernels, torch's own kernel, plain PyTorch."""
+BACKENDS = ("folded", "cuda", "triton", "cpu", "aten", "reference")
+"""Every backend name: a batch norm folded into torch's convolution, our C++/CUDA, Triton and C++ CPU kernels,
+torch's own kernel, plain PyTorch."""
 
 
 Answer = TypeVar("Answer")
@@ -78,7 +79,7 @@ class backend(ContextDecorator):  # noqa: N801 - used as a function
     process: the block entered last, in any thread.
 
     Args:
-        name: "cuda", "triton", "cpu", "aten" or "reference".
+        name: "folded", "cuda", "triton", "cpu", "aten" or "reference".
 
     Raises:
         ValueError: for an unknown name.
@@ -184,7 +185,7 @@ class Op:
             ]
         what = f"backend {name!r} is forced and cannot serve" if name else "no backend can serve"
         lines = [f"  {key}: {reason}" for key, found in reasons.items() for reason in found]
-        return "\n".join([f"nnfast.{self.name}: {what} {_describe(args, kwargs)}", *lines])
+        return "\n".join([f"nnfast.{self.name}: {what} {describe(args, kwargs)}", *lines])
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Who would serve this call, and why the others would not. Runs nothing, raises nothing."""
@@ -202,7 +203,7 @@ class Op:
             elif not found:
                 found = [f"{chosen!r} comes first"]
             reasons[b.name] = found
-        return Explanation(self.name, chosen, reasons, name, _describe(args, kwargs))
+        return Explanation(self.name, chosen, reasons, name, describe(args, kwargs))
 
 
 @dataclass(frozen=True)
@@ -250,14 +251,17 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(
             f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}"
         )
+    own: Callable[..., Explanation] | None = getattr(op, "explain", None)  # of a module: it knows its parts
+    if own is not None:
+        return own(*args, **kwargs)
     found = OPS[name]
-    own = None if isinstance(op, (str, type)) else getattr(op, "nnfast_arguments", None)
-    if convert := own or found.arguments:
+    arguments = None if isinstance(op, (str, type)) else getattr(op, "nnfast_arguments", None)
+    if convert := arguments or found.arguments:
         args, kwargs = convert(*args, **kwargs), {}
     return found.explain(*args, **kwargs)
 
 
-def _describe(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+def describe(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     """The arguments of a call in words: `(float32[8, 128] on cpu, inplace=True)`."""
 
     def word(value: Any) -> str:

@@ -103,3 +103,8 @@ def _power_of_2(length: int) -> int:
 def linear_chunk(rows: int, classes: int) -> int:
     """Rows of logits that a linear layer with its loss makes at once: a sixteenth, or 4M logits if more."""
     return max(-(-rows // 16), (1 << 22) // classes, 1)
+
+
+CHANNELS_LAST_PIXELS = 14 * 14
+"""Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
+run inside in channels_last: oneDNN's convolutions of 7x7 images are slower there."""

@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import nn
 
-from . import seed, seed_loss, timm, torch_nn, torchvision, transformers
+from . import conv_bn_act, seed, seed_loss, timm, torch_nn, torchvision, transformers
 from .rule import Proposal, Rule, public_name
 
 RULES: list[Rule] = [
     torch_nn.modules,
     timm.modules,
     transformers.modules,
+    conv_bn_act.modules,
     torch_nn.function_attributes,
     torchvision.modules,
     seed.modules,
@@ -84,14 +85,17 @@ def restore(model: nn.Module) -> None:
     _check("restore", model)
     swapped = [(name, module) for name, module in model.named_modules() if _RECORD in vars(module)]
     for name, module in swapped:
-        ours, *_ = vars(module)[_RECORD].get("__class__", (type(module),))
-        if type(module) is not ours:
+        ours, *_ = vars(module)[_RECORD].get("__class__", (_kind(type(module)),))
+        if _kind(type(module)) is not ours:
             raise RuntimeError(
                 f"nnfast.restore: {name or 'the model'} was made a {public_name(ours)} by swap and has since "
                 f"become a {public_name(type(module))}; undo that first"
             )
     for _, module in swapped:
         _undo(module)
+    for module in model.modules():  # slices of a swapped nn.Sequential
+        if "swapped_from" in vars(type(module)):
+            object.__setattr__(module, "__class__", vars(type(module))["swapped_from"])
 
 
 @dataclass(frozen=True)
@@ -211,10 +215,17 @@ def _put(module: nn.Module, changes: Mapping[str, Any]) -> None:
         if what == "__class__":
             old: tuple[Any, ...] = (type(module),)
             object.__setattr__(module, what, new)
+            new = _kind(new)
         else:
             old = tuple(value for name, value in vars(module).items() if name == what)
             vars(module)[what] = new
         vars(module)[_RECORD] = {**vars(module).get(_RECORD, {}), what: (new, *old)}
+
+
+def _kind(cls: type) -> type:
+    """The class itself, or for one made at run time, which no pickle can name, what it was made with."""
+    kind: type = vars(cls).get("mixin", cls)
+    return kind
 
 
 def _undo(module: nn.Module) -> None:

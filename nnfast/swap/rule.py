@@ -38,6 +38,8 @@ Rule = Callable[[nn.Module], list[Proposal]]
 
 def public_name(thing: type | Callable[..., Any]) -> str:
     """The shortest dotted name under which a class or function can be found: `torch.nn.SiLU`."""
+    if "swapped_from" in vars(thing):
+        return f"fused {public_name(vars(thing)['swapped_from'])}"
     parts = thing.__module__.split(".")
     for end in range(1, len(parts)):
         prefix = ".".join(parts[:end])

@@ -1,4 +1,6 @@
-"""timm's own activations: timm.layers.activations and activations_me, as get_act_layer hands them out."""
+"""timm's own: activations as get_act_layer hands them out, and BatchNormAct2d, a batch norm with an activation."""
+
+from __future__ import annotations
 
 from ..activation.module import Mish, Swish
 from .rule import known
@@ -11,4 +13,10 @@ modules = known(
         "timm.layers.activations_me.MishMe": Mish,
     }
 )
-"""The rule. SwishMe and the two Mish never compute in place, and keep no `inplace`."""
+"""The rule of the activations. SwishMe and the two Mish never compute in place, and keep no `inplace`."""
+
+
+def is_norm_act(module: object) -> bool:
+    """It is timm's BatchNormAct2d, whose forward is a batch norm's, then `drop`, then `act`."""
+    cls = type(module)
+    return (cls.__module__, cls.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d")

@@ -59,6 +59,8 @@ def test_arrows(path):
         assert (
             inside
             <= {
+                "blocks": {"fold", "module", "op"},
+                "fold": set(),
                 "module": {"op"},
                 "op": {"kernels", "reference"},
                 "kernels": set(),

@@ -1,0 +1,771 @@
+"""Convolution, batch norm, residual and activation as one call, and the residual blocks made of such calls.
+
+The convolution is torch's. In training the batch norm, the addition and the activation are `normalise`'s two
+passes; in inference they are part of the convolution (`fold`). `CONV_BN_ACT` decides for each convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..activation.module import Mish, SiLU
+from ..core import tuning
+from ..core.op import Backend, Explanation, Op, describe, forced
+from ..core.operator import transformed
+from . import fold
+from .module import _norm as norm_of
+from .module import activation_code, batch_norm_act, normalise
+from .op import BATCH_NORM_ACT, again
+
+NAME = "conv_bn_act"
+
+
+class Unit(NamedTuple):
+    """A convolution and a batch norm, and an activation: a module, or a name and leaky_relu's slope."""
+
+    conv: Any
+    bn: Any
+    act: nn.Module | str = "identity"
+    slope: float = 0.01
+
+
+class ConvBNAct(nn.Module):
+    """act(bn(conv(x)) + residual): a convolution, its batch norm and an activation in one module.
+
+    Children are `conv`, an nn.Conv2d, and `bn`, an nn.BatchNorm2d; state_dict has theirs.
+    Input: (N, C, H, W), output: (N, out_channels, H', W').
+
+    Args:
+        in_channels: C.
+        out_channels: channels of the result.
+        kernel_size: nn.Conv2d's, as are stride, padding ("same" and "valid" too), dilation, groups.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+        bias: the convolution has a bias. In training it cancels; it is not added then.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        act: "identity", "relu", "leaky_relu", "silu" (or "swish") or "mish".
+        negative_slope: of leaky_relu.
+        eps: nn.BatchNorm2d's, as are momentum, affine and track_running_stats.
+        momentum: of the running statistics.
+        affine: the batch norm has a weight and a bias.
+        track_running_stats: keep running statistics.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Raises:
+        ValueError: for an unknown activation, and what nn.Conv2d refuses.
+    """
+
+    nnfast_op = NAME
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
+        act: str = "relu",
+        negative_slope: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        activation_code(act)
+        self.act, self.negative_slope = act, negative_slope
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            **place,
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, **place)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(bn(conv(input)) + residual).
+
+        Args:
+            input: (N, C, H, W), of the parameters' dtype.
+            residual: of the result's shape, dtype and device.
+
+        Raises:
+            ValueError: for a residual of another shape, dtype or device, and in training for one value per
+                channel.
+            RuntimeError: what nn.Conv2d raises for a wrong input.
+        """
+        return _chain(self._units(), input, residual)
+
+    def _units(self) -> list[Unit]:
+        return [Unit(self.conv, self.bn, self.act, self.negative_slope)]
+
+    def explain(self, input: Tensor, residual: Tensor | None = None) -> Explanation:
+        """What `nnfast.explain(module, input)` says."""
+        return _explain(self._units(), input, residual)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return f"act={self.act!r}" + f", negative_slope={self.negative_slope}" * (self.act == "leaky_relu")
+
+
+class _Residual(nn.Module):
+    """What residual blocks share: units named conv1, bn1, conv2, ..., and a shortcut around them.
+
+    Forward looks for nothing but these, `relu` (or `act1`, `act2`, ...) and `downsample` (or `shortcut`), so
+    that an instance of another library's block may be given one of these classes.
+    """
+
+    nnfast_op = NAME
+    _LENGTH = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's result. Input: (N, C, H, W); output: (N, C', H', W')."""
+        return _chain(self._units(), x, x, self._shortcut())
+
+    def explain(self, x: Tensor) -> Explanation:
+        """What `nnfast.explain(module, x)` says: of each convolution."""
+        return _explain(self._units(), x, x, self._shortcut())
+
+    def _units(self) -> list[Unit]:
+        children: dict[str, Any] = self._modules
+        relu = children.get("relu", "relu")
+        return [
+            Unit(children[f"conv{i}"], children[f"bn{i}"], children.get(f"act{i}", relu))
+            for i in range(1, self._LENGTH + 1)
+        ]
+
+    def _shortcut(self) -> nn.Module | None:
+        return self._modules.get("downsample", self._modules.get("shortcut"))
+
+
+class ResidualBlock(_Residual):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), with 3x3 convolutions that have a bias.
+
+    The shortcut is empty, or a 1x1 convolution and its batch norm where stride or channels ask for one.
+    state_dict has conv1, bn1, conv2, bn2 and shortcut.0, shortcut.1.
+
+    Args:
+        in_channels: C of the input (N, C, H, W).
+        out_channels: channels of the result.
+        stride: of the first convolution and of the shortcut's.
+
+    Source: He et al. 2015, arXiv:1512.03385.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
+            )
+
+
+class BasicBlock(_Residual):
+    """torchvision's BasicBlock: two 3x3 convolutions; ResNet-18's, -34's. Same constructor and state_dict.
+
+    Args:
+        inplanes: C of the input (N, C, H, W).
+        planes: channels of the result.
+        stride: of the first convolution.
+        downsample: the shortcut; None for the input itself.
+        groups: 1.
+        base_width: 64.
+        dilation: 1.
+        norm_layer: makes a batch norm of a number of channels; None for nn.BatchNorm2d.
+
+    Raises:
+        ValueError: for other groups or base_width.
+        NotImplementedError: for another dilation.
+
+    Source: He et al. 2015, arXiv:1512.03385.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"nnfast.BasicBlock: groups is {groups} and base_width {base_width}; it needs 1 and 64"
+            )
+        if dilation > 1:
+            raise NotImplementedError(f"nnfast.BasicBlock: dilation is {dilation}; it needs to be 1")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+
+class Bottleneck(_Residual):
+    """torchvision's Bottleneck: 1x1, 3x3 and 1x1 convolutions, of ResNet-50 and on, ResNeXt and Wide ResNet.
+
+    Same constructor, same state_dict.
+
+    Args:
+        inplanes: C of the input (N, C, H, W).
+        planes: a quarter of the result's channels.
+        stride: of the 3x3 convolution.
+        downsample: the shortcut; None for the input itself.
+        groups: of the 3x3 convolution.
+        base_width: its channels are planes * base_width / 64 * groups.
+        dilation: of the 3x3 convolution.
+        norm_layer: makes a batch norm of a number of channels; None for nn.BatchNorm2d.
+
+    Source: He et al. 2015, arXiv:1512.03385; Xie et al. 2016, arXiv:1611.05431.
+    """
+
+    expansion = 4
+    _LENGTH = 3
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn2 = norm_layer(width)
+        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    act: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(F.batch_norm(F.conv2d(input, weight, bias), ...) + residual).
+
+    Nothing is folded: that pays for modules, which keep what is folded. See `ConvBNAct`.
+
+    Args:
+        input: (N, C, H, W).
+        weight: (out_channels, C / groups, kH, kW).
+        bias: (out_channels,) or None.
+        running_mean: (out_channels,); F.batch_norm's, as are those up to eps.
+        running_var: of the same shape.
+        bn_weight: gamma.
+        bn_bias: beta.
+        training: normalise with the statistics of the batch, and update the running ones.
+        momentum: the batch's share in them.
+        eps: added to the variance.
+        stride: F.conv2d's, as are padding, dilation and groups.
+        padding: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+        act: "identity", "relu", "leaky_relu", "silu" (or "swish") or "mish".
+        negative_slope: of leaky_relu.
+        residual: of the result's shape, dtype and device.
+
+    Raises:
+        What F.conv2d and `batch_norm_act` raise.
+    """
+    activation_code(act)
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return batch_norm_act(
+        y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
+        act=act, negative_slope=negative_slope, residual=residual,
+    )  # fmt: skip
+
+
+conv_bn_act.nnfast_op = "batch_norm_act"  # type: ignore[attr-defined]
+
+
+# --- a chain of units ---------------------------------------------------------------------------------------
+
+
+def _chain(
+    units: Sequence[Unit], x: Tensor, residual: Tensor | None, shortcut: nn.Module | None = None
+) -> Tensor:
+    """The units one after another; the last adds the residual or shortcut(x) before its activation."""
+    if _traced(x):
+        return _as_written(units, x, residual, shortcut)
+    parts = None if shortcut is None else _parts(shortcut)
+    if parts is None:
+        return chain(units, x, residual, shortcut=shortcut)
+    return chain(units, x, None if parts else residual, *parts)
+
+
+def chain(
+    units: Sequence[Unit],
+    x: Tensor,
+    residual: Tensor | None = None,
+    projection: Unit | None = None,
+    shortcut: nn.Module | None = None,
+) -> Tensor:
+    """The units one after another; the last adds residual, projection(x) or shortcut(x) before its activation.
+
+    x is an ordinary tensor; the projection's activation is the identity.
+    """
+    via = _pays_channels_last([*units, *([projection] if projection else [])], x)
+    y = entered = _enter(x) if via else x
+    pair = (x, entered) if via else None
+    for unit in units[:-1]:
+        y = run(unit, y, via=pair)
+    if shortcut is not None:
+        residual = shortcut(x)
+    elif residual is x:
+        residual = entered
+    y = run(units[-1], y, residual, (projection, entered) if projection else None, via=pair)
+    return _leave(y) if via else y
+
+
+def _traced(x: Any) -> bool:
+    """Somebody looks on who is to see torch's own operations: a compiler, tracer, transform, subclass."""
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        (type(x) is not Tensor and type(x) is not nn.Parameter)
+        or transformed()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _as_written(
+    units: Sequence[Unit], x: Tensor, residual: Tensor | None, shortcut: nn.Module | None
+) -> Tensor:
+    """The modules one after another."""
+    y = x
+    for unit in units[:-1]:
+        y = _activate(unit, unit.bn(unit.conv(y)))
+    last = units[-1]
+    y = last.bn(last.conv(y))
+    if shortcut is not None:
+        residual = shortcut(x)
+    if residual is not None:
+        y += residual
+    return _activate(last, y)
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda y, slope: y,
+    "relu": lambda y, slope: F.relu(y),
+    "leaky_relu": lambda y, slope: F.leaky_relu(y, slope),
+    "silu": lambda y, slope: F.silu(y),
+    "swish": lambda y, slope: F.silu(y),
+    "mish": lambda y, slope: F.mish(y),
+}
+
+
+def _activate(unit: Unit, y: Tensor) -> Tensor:
+    if isinstance(unit.act, str):
+        return _FUNCTIONS[unit.act](y, unit.slope)
+    result: Tensor = unit.act(y)
+    return result
+
+
+def _parts(shortcut: nn.Module) -> tuple[Unit, ...] | None:
+    """The convolution and batch norm that a shortcut consists of; () if empty, None if it is neither."""
+    if type(shortcut) is not nn.Sequential or fold.hooked(shortcut) or "forward" in vars(shortcut):
+        return None
+    children = list(shortcut)
+    if not children:
+        return ()
+    if len(children) == 2 and fold.plain_conv(children[0]) and fold.plain_norm(children[1]):
+        return (Unit(children[0], children[1]),)
+    return None
+
+
+_ACTIVATIONS: dict[type, str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Mish: "mish",
+    SiLU: "silu",
+    Mish: "mish",
+}
+
+
+def _known(unit: Unit) -> tuple[str, float] | None:
+    """Name and slope of the unit's activation; None if it is a module that must be called."""
+    act = unit.act
+    if isinstance(act, str):
+        return act, unit.slope
+    name = _ACTIVATIONS.get(type(act))
+    if name is None or fold.hooked(act) or "forward" in vars(act):
+        return None
+    return name, getattr(act, "negative_slope", 0.01)
+
+
+Via = tuple[Tensor, Tensor] | None
+
+
+def run(
+    unit: Unit,
+    x: Tensor,
+    residual: Tensor | None = None,
+    projection: tuple[Unit, Tensor] | None = None,
+    *,
+    via: Via = None,
+) -> Tensor:
+    """One unit, with a residual or with a projection (unit, input) added before its activation.
+
+    via: where the block runs in channels_last, its contiguous input and that in channels_last.
+    """
+    known = _known(unit)
+    act, slope = known or ("identity", 0.01)
+    if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):
+        residual, projection = fold.run(projection[0].conv, projection[0].bn, projection[1]), None
+    if projection is None and CONV_BN_ACT.folds(unit.conv, unit.bn, x, residual, act, slope):
+        y = fold.run(unit.conv, unit.bn, x, residual, act, slope)
+    else:
+        y = _unfolded(unit, x, residual, projection, act, slope, via)
+    return y if known else _activate(unit, y)
+
+
+def _unfolded(
+    unit: Unit,
+    x: Tensor,
+    residual: Tensor | None,
+    projection: tuple[Unit, Tensor] | None,
+    act: str,
+    slope: float,
+    via: Via,
+) -> Tensor:
+    y, offset = _convolve(unit, x, via)
+    bn, residual_bn, residual_offset = unit.bn, None, None
+    if projection is not None:
+        residual, residual_offset = _convolve(*projection, via)
+        residual_bn = projection[0].bn
+    if residual is not None and residual.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
+        residual = residual.to(y.dtype)  # as `y += residual` does
+    if fold.plain_norm(bn):
+        return normalise(
+            bn, y, residual=residual, residual_bn=residual_bn, act=act, negative_slope=slope,
+            offset=offset, residual_offset=residual_offset,
+        )  # fmt: skip
+    y = bn(y)
+    if residual_bn is not None and residual is not None:
+        residual = normalise(residual_bn, residual, offset=residual_offset)
+    if residual is not None:
+        y = y + residual
+    return _FUNCTIONS[act](y, slope)
+
+
+def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
+    """The convolution's result, and its bias if that was left out: the batch norm takes it away."""
+    conv, bn = unit.conv, unit.bn
+    if not fold.plain_conv(conv):
+        return conv(x), None
+    assert isinstance(conv, nn.Conv2d)
+    weight, bias, offset = conv.weight, conv.bias, None
+    if bias is not None and (bn.training or bn.running_mean is None) and fold.plain_norm(bn):
+        offset, bias = bias, None
+    grad = torch.is_grad_enabled() and weight.requires_grad
+    if grad and via is not None:
+        weight = _contiguous_gradient(weight)
+    with _saving_less(x, via) if grad else nullcontext():
+        return conv._conv_forward(x, weight, bias), offset
+
+
+# --- what autograd keeps ------------------------------------------------------------------------------------
+
+
+class _Again:
+    """A tensor that is computed again when autograd asks for it."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self.compute = compute
+
+
+def _saving_less(x: Tensor, via: Via) -> AbstractContextManager[Any]:
+    """In here the convolution of x keeps what x was made from, which something else keeps anyway, but not x.
+
+    That costs a pass over x in backward.
+    """
+    compute = _entering(via[0]) if via is not None and x is via[1] else again(x)
+    if compute is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()  # nothing to gain, or somebody else decides what is kept, as checkpointing does
+    pointer, made = x.data_ptr(), _Again(compute)
+    return saved_tensors_hooks(
+        lambda saved: made if saved.data_ptr() == pointer else saved,
+        lambda kept: kept.compute() if isinstance(kept, _Again) else kept,
+    )
+
+
+def _entering(x: Tensor) -> Callable[[], Tensor]:
+    """Brings x into channels_last again, if it is as it was."""
+    kept, version = x.detach(), x._version
+
+    def compute() -> Tensor:
+        if kept._version != version:
+            raise RuntimeError(
+                "nnfast: the input of a residual block, needed for gradient computation, has been modified "
+                f"by an inplace operation: it is at version {kept._version}; expected {version}"
+            )
+        return kept.contiguous(memory_format=torch.channels_last)
+
+    return compute
+
+
+# --- contiguous blocks inside in channels_last --------------------------------------------------------------
+
+
+def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
+    """Contiguous x is worth the way into channels_last, and the result's back.
+
+    Measured for float32 on the CPU: oneDNN's convolutions of contiguous tensors are slower, their strided
+    gradients much.
+    """
+    if not (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and x.dim() == 4
+        and x.is_contiguous()
+        and not x.is_contiguous(memory_format=torch.channels_last)
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    stride, weights = 1, []
+    for conv, bn, *_ in units:
+        if not (fold.plain_conv(conv) and fold.plain_norm(bn)):
+            return False
+        assert isinstance(conv, nn.Conv2d)
+        weight = conv.weight
+        if not weight.is_contiguous() or len(conv.stride) != 2:  # in channels_last so is torch's result
+            return False
+        stride = max(stride, *conv.stride)
+        weights.append(weight)
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    if len(units) == 1:
+        return differentiates and x.requires_grad and stride > 1
+    return not differentiates or x[0, 0].numel() >= tuning.CHANNELS_LAST_PIXELS * stride**2
+
+
+class _Enter(torch.autograd.Function):
+    """x in channels_last; its gradient contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class _Leave(torch.autograd.Function):
+    """x contiguous; its gradient in channels_last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=torch.channels_last)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """x itself; its gradient contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+_enter: Callable[[Tensor], Tensor] = _Enter.apply
+_leave: Callable[[Tensor], Tensor] = _Leave.apply
+_contiguous_gradient: Callable[[Tensor], Tensor] = _ContiguousGradient.apply
+
+
+# --- who serves ---------------------------------------------------------------------------------------------
+
+
+class ConvBNActOp(Op):
+    """Who serves a unit: torch's convolution with the batch norm folded in, or that and `batch_norm_act`.
+
+    Called with (conv, bn, x, residual, act, slope). The first backend has a name of its own, `folded`, since
+    it is for inference alone, while `aten` is to serve any call.
+    """
+
+    def __init__(self) -> None:
+        names = [b.name for b in BATCH_NORM_ACT.backends]
+        ours = [
+            Backend(name, _run_unit, partial(_ask, "why_not", name), partial(_ask, "not_worth", name))
+            for name in names
+        ]
+        super().__init__(NAME, [Backend("folded", fold.run, fold.why_not, fold.not_worth), *ours])
+
+    def folds(
+        self,
+        conv: nn.Module,
+        bn: nn.Module,
+        x: Tensor,
+        residual: Tensor | None = None,
+        act: str = "identity",
+        slope: float = 0.01,
+    ) -> bool:
+        """Whether the choice is `folded`: what `choose` would say, without asking the others."""
+        name = forced()
+        if bn.training and name is None:
+            fold.forget(conv, bn)
+            return False
+        arguments = (conv, bn, x, residual, act, slope)
+        if name is not None:
+            return self.choose(*arguments).name == "folded" if name == "folded" else False
+        return not fold.why_not(*arguments) and not fold.not_worth(*arguments)
+
+
+def _run_unit(
+    conv: nn.Module,
+    bn: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.01,
+) -> Tensor:
+    return _unfolded(Unit(conv, bn), x, residual, None, act, slope, None)
+
+
+def _ask(
+    what: str,
+    name: str,
+    conv: nn.Module,
+    bn: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.01,
+) -> list[str]:
+    """What a backend of `batch_norm_act` says of the convolution's result."""
+    if not fold.plain_norm(bn):
+        return ["bn is called as it is"] * (what == "why_not" and name != "aten")
+    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
+    y = _stand_in(conv, bn, x)
+    backend = next(b for b in BATCH_NORM_ACT.backends if b.name == name)
+    found: list[str] = getattr(backend, what)(
+        y, norm_of(bn, y, None), residual, None, activation_code(act), slope
+    )
+    return found
+
+
+def _stand_in(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
+    """A tensor like the convolution's result, without its values."""
+    shape = [x.shape[0], getattr(bn, "num_features", 1), *x.shape[2:]]
+    if isinstance(conv, nn.Conv2d) and x.dim() == 4:
+        shape = fold.output_shape(conv, x)
+    y = x.new_empty(shape)
+    if not x.is_contiguous() and x.dim() == 4:
+        y = y.contiguous(memory_format=torch.channels_last)
+    weight = getattr(conv, "weight", None)
+    return y.requires_grad_(x.requires_grad or (weight is not None and weight.requires_grad))
+
+
+def _explain(
+    units: Sequence[Unit], x: Tensor, residual: Tensor | None, shortcut: nn.Module | None = None
+) -> Explanation:
+    """Who serves each unit of a chain; `conv2: ` before a reason says whose it is."""
+    found: dict[str, Explanation] = {}
+    parts = None if shortcut is None else _parts(shortcut)
+    y = x
+    for i, unit in enumerate(units):
+        last = i == len(units) - 1
+        if last and parts:
+            found["shortcut"] = CONV_BN_ACT.explain(parts[0].conv, parts[0].bn, x)
+            residual = _stand_in(parts[0].conv, parts[0].bn, x)
+        elif last and parts is None and shortcut is not None:
+            residual = _stand_in(unit.conv, unit.bn, y).contiguous()
+        act, slope = _known(unit) or ("identity", 0.01)
+        found[f"conv{i + 1}"] = CONV_BN_ACT.explain(
+            unit.conv, unit.bn, y, residual if last else None, act, slope
+        )
+        y = _stand_in(unit.conv, unit.bn, y)
+    if len(found) == 1:
+        return found["conv1"]
+    reasons = {
+        b.name: _merged({n: one.reasons[b.name] for n, one in found.items()}) for b in CONV_BN_ACT.backends
+    }
+    chosen = next((one.backend for one in found.values() if one.backend != "folded"), "folded")
+    return Explanation(NAME, chosen, reasons, found["conv1"].forced, describe((x,), {}))
+
+
+def _merged(reasons: dict[str, list[str]]) -> list[str]:
+    """Equal reasons in one line: `conv1, conv2: reason`."""
+    whose: dict[str, list[str]] = {}
+    for name, given in reasons.items():
+        for reason in given:
+            whose.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in whose.items()]
+
+
+CONV_BN_ACT = ConvBNActOp()

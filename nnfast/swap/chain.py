@@ -1,0 +1,394 @@
+"""Chains of convolution, batch norm, sum and activation among modules that are called one after another.
+
+What runs as one is decided at every call, from the modules as they are then: one that was replaced, hooked or
+given a forward of its own since the swap is called as itself.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..activation import module as activation
+from ..conv_bn_act import blocks
+from ..conv_bn_act.blocks import Unit
+from ..conv_bn_act.module import normalise
+from ..core.operator import transformed
+
+IDENTITY = ("identity", 0.0)
+ACTIVATIONS: dict[type, tuple[str, float]] = {
+    nn.ReLU: ("relu", 0.0),
+    nn.SiLU: ("silu", 0.0),
+    nn.Mish: ("mish", 0.0),
+    activation.SiLU: ("silu", 0.0),
+    activation.Swish: ("silu", 0.0),
+    activation.Mish: ("mish", 0.0),
+}
+"""Name and slope of what a pass can end with; nn.LeakyReLU brings its own slope."""
+
+ACTIVATION_FUNCTIONS = {
+    **dict.fromkeys(("torch.relu", "torch.relu_", "F.relu", "F.relu_", "Tensor.relu", "Tensor.relu_"), "relu"),
+    **{"F.leaky_relu": "leaky_relu", "F.silu": "silu", "F.mish": "mish"},
+}
+"""The same for functions, by the names that `read` gives them."""
+
+_DO_NOTHING_IN_EVAL = {
+    *("torch.nn.modules.dropout.Dropout", "torch.nn.modules.dropout.Dropout2d"),
+    *("timm.layers.drop.DropPath", "timm.layers.drop.DropBlock2d"),
+    *("torchvision.ops.stochastic_depth.StochasticDepth", "torchvision.ops.drop_block.DropBlock2d"),
+}
+_READ_ONLY = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+"""Modules whose output is new and whose input stays as it is."""
+
+
+class Act(NamedTuple):
+    """An activation that is a function, and how to call it."""
+
+    act: tuple[str, float]
+    call: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Call it."""
+        return self.call(x)
+
+
+class Add(NamedTuple):
+    """The sum of what has come so far and `items` run on `x`, which come later in the program.
+
+    `to_so_far`, `to_branch`: the sum is written there, where others may see it.
+    """
+
+    x: Any
+    items: list[Any]
+    call: Callable[[Tensor, Tensor], Tensor]
+    to_so_far: bool = False
+    to_branch: bool = False
+
+    def __call__(self, so_far: Tensor) -> Tensor:
+        """One after another."""
+        return self.call(so_far, run(self.items, self.x))
+
+
+class Chain(NamedTuple):
+    """What runs as one: act(norm(conv(x)) + add), and how many items of a list it takes."""
+
+    conv: Any
+    norm: Any
+    add: Add | None
+    act: tuple[str, float]
+    length: int
+
+    def __str__(self) -> str:
+        """`conv+bn+add+relu`."""
+        last = [] if self.act == IDENTITY else [self.act[0]]
+        return "+".join(["conv"] * (self.conv is not None) + ["bn"] + ["add"] * (self.add is not None) + last)
+
+    @property
+    def pays(self) -> bool:
+        """More than a batch norm alone."""
+        return self.conv is not None or self.add is not None or self.act != IDENTITY
+
+
+# Which module plays which part
+
+
+def plain(module: nn.Module) -> bool:
+    """Calling it runs its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+def is_conv(item: Any) -> bool:
+    """A convolution that can be fused."""
+    return type(item) is nn.Conv2d and plain(item)
+
+
+def is_norm(item: Any) -> bool:
+    """A batch norm that can be fused."""
+    return type(item) is nn.BatchNorm2d and plain(item)
+
+
+def norm_of(module: nn.Module) -> nn.Module:
+    """The nn.BatchNorm2d in a subclass that does more: another class's view of the same attributes."""
+    view = _NORMS.get(module)
+    if view is None or vars(view) is not vars(module):
+        view = object.__new__(nn.BatchNorm2d)
+        object.__setattr__(view, "__dict__", vars(module))
+        _NORMS[module] = view
+    return view
+
+
+_NORMS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def activation_of(item: Any) -> tuple[str, float] | None:
+    """Name and slope of an activation that can be fused."""
+    if type(item) is Act:
+        return item.act
+    if found := ACTIVATIONS.get(type(item)):
+        return found if plain(item) else None
+    if type(item) is nn.LeakyReLU and plain(item):
+        return "leaky_relu", item.negative_slope
+    return None
+
+
+def flatten(modules: Iterable[Any], parts: Callable[[nn.Module], list[Any] | None]) -> list[Any]:
+    """The list with the parts of every container in its place, and without what does nothing."""
+    items: list[Any] = []
+    for module in modules:
+        if not isinstance(module, nn.Module) or not plain(module):
+            items.append(module)
+        elif (inner := parts(module)) is not None:
+            items += flatten(inner, parts)
+        elif not _does_nothing(module):
+            items.append(module)
+    return items
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    cls = type(module)
+    return cls is nn.Identity or (
+        not module.training and f"{cls.__module__}.{cls.__qualname__}" in _DO_NOTHING_IN_EVAL
+    )
+
+
+def match(
+    items: list[Any], at: int, act_of: Callable[[Any], tuple[str, float] | None] = activation_of
+) -> Chain | None:
+    """The chain that starts there."""
+    after = at
+    conv = norm = add = None
+    if is_conv(items[after]):
+        conv = items[after]
+        after += 1
+    if after == len(items) or not is_norm(items[after]):
+        return None
+    norm = items[after]
+    after += 1
+    if after < len(items) and type(items[after]) is Add:
+        add = items[after]
+        after += 1
+    act = act_of(items[after]) if after < len(items) else None
+    return Chain(conv, norm, add, act or IDENTITY, after + (act is not None) - at)
+
+
+# Running them
+
+
+def eager(x: object) -> bool:
+    """An ordinary call on images. Compilers, tracers and transforms get the modules themselves."""
+    return (
+        type(x) is Tensor
+        and x.dim() == 4
+        and x.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not transformed()
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def run(items: list[Any], x: Any) -> Any:
+    """Call the items one after another, chains among them at once."""
+    at = 0
+    while at < len(items):
+        chain = match(items, at) if eager(x) else None
+        if chain is not None and chain.conv is not None:
+            x, at = _run_convolutions(items, at, chain, x)
+        elif chain is not None and chain.pays:
+            at += chain.length
+            x = _run_chain(chain, x, items[at - 1])
+        elif type(items[at]) is Add and eager(x):
+            act = activation_of(items[at + 1]) if at + 1 < len(items) else None
+            last = items[at + 1] if act else None
+            add, at = items[at], at + 1 + (act is not None)
+            x = _add_after(x, add, act or IDENTITY, last, fresh=False)
+        else:
+            x = items[at](x)
+            at += 1
+    return x
+
+
+def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tuple[Tensor, int]:
+    """Chains that follow each other, up to the sum that makes them a residual block; where the list goes on."""
+    units: list[Unit] = []
+    chain: Chain | None = first
+    while chain is not None and chain.conv is not None and chain.add is None:
+        units.append(_unit(chain.conv, chain.norm, chain.act))
+        at += chain.length
+        chain = match(items, at) if at < len(items) else None
+    if chain is not None and chain.conv is not None and chain.add is not None:
+        add = chain.add
+        block = [*units, _unit(chain.conv, chain.norm, chain.act)]
+        if add.x is x and (found := _projection(add, block, x)) is not None:
+            return blocks.chain(block, x, None if found else x, *found), at + chain.length
+        if not units:
+            return _run_chain(chain, x, items[at + chain.length - 1]), at + chain.length
+    return blocks.chain(units, x), at
+
+
+def _projection(add: Add, block: list[Unit], x: Tensor) -> list[Unit] | None:
+    """The convolution and batch norm around a block, or none; None if there is anything else."""
+    rest, conv, norm = _tail(add.items)
+    if rest or (norm is None) != (conv is None) or (norm is None and add.to_branch):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or any(unit.bn is norm for unit in block):
+        return None
+    shape = tuple(x.shape)
+    for unit in block:
+        shape = _shape(unit.conv, shape)
+    return None if shape != _shape(conv, tuple(x.shape)) else [_unit(conv, norm)] if conv else []
+
+
+def _unit(conv: Any, norm: Any, act: tuple[str, float] = IDENTITY) -> Unit:
+    return Unit(conv, norm, *act)
+
+
+def _run_chain(chain: Chain, x: Tensor, last: Any) -> Tensor:
+    conv, norm, add, act, _ = chain
+    if add is None:
+        return normalised(conv, norm, x, act=act)
+    head, other_conv, other_norm = _tail(add.items)
+    # the branch comes after this chain in the program; it may run before only if nobody can tell
+    if (other_norm is None and add.to_branch) or not _cannot_tell(add.items, norm):
+        return _add_after(normalised(conv, norm, x), add, act, last, fresh=True)
+    branch = run(head, add.x)
+    if _fits(branch, other_conv, conv, x):
+        return normalised(conv, norm, x, branch, other_conv, other_norm, act)
+    so_far = normalised(conv, norm, x)
+    total = add.call(so_far, run([*filter(None, (other_conv, other_norm))], branch))
+    return total if act == IDENTITY else last(total)
+
+
+def _add_after(so_far: Tensor, add: Add, act: tuple[str, float], last: Any, fresh: bool) -> Tensor:
+    """act(so_far + branch): the batch norm at the end of the branch takes the sum along."""
+    head, conv, norm = _tail(add.items)
+    branch = run(head, add.x)
+    if norm and eager(branch) and (fresh or not add.to_so_far) and _fits(so_far, None, conv, branch):
+        return normalised(conv, norm, branch, so_far, None, None, act)
+    total = add.call(so_far, run([*filter(None, (conv, norm))], branch))
+    return total if act == IDENTITY else last(total)
+
+
+def _tail(items: list[Any]) -> tuple[list[Any], Any, Any]:
+    """What comes before the last [conv,] norm of a list, and these."""
+    if not items or not is_norm(items[-1]):
+        return items, None, None
+    if len(items) > 1 and is_conv(items[-2]):
+        return items[:-2], items[-2], items[-1]
+    return items[:-1], None, items[-1]
+
+
+def _cannot_tell(items: list[Any], norm: Any) -> bool:
+    """Items may run earlier: they write to nothing that was there before, and do not use the batch norm."""
+    known = all(
+        type(item) is Act or ((type(item) in _READ_ONLY or activation_of(item)) and plain(item))
+        for item in items
+    )
+    first = not items or type(items[0]) in _READ_ONLY
+    return known and first and all(item is not norm for item in items)
+
+
+def _fits(residual: object, residual_conv: Any, conv: Any, x: Tensor) -> bool:
+    """conv(x) and residual_conv(residual) have one shape and dtype, so that a plain sum is meant."""
+    if not eager(residual):
+        return False
+    assert isinstance(residual, Tensor)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    lower = torch.get_autocast_dtype(x.device.type) if autocast else None
+    dtypes = {
+        lower if lower and c is not None and each.dtype is not torch.float64 else each.dtype
+        for c, each in ((conv, x), (residual_conv, residual))
+    }
+    return (
+        len(dtypes) == 1
+        and residual.device == x.device
+        and _shape(conv, tuple(x.shape)) == _shape(residual_conv, tuple(residual.shape))
+    )
+
+
+def _shape(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of conv(x), for x of a shape."""
+    if conv is None:
+        return shape
+    sizes = []
+    for i in range(2):
+        padding = conv._reversed_padding_repeated_twice[2 - 2 * i : 4 - 2 * i]
+        whole = shape[2 + i] + sum(padding) - conv.dilation[i] * (conv.kernel_size[i] - 1)
+        sizes.append((whole - 1) // conv.stride[i] + 1)
+    return (shape[0], conv.out_channels, *sizes)
+
+
+def normalised(
+    conv: Any,
+    norm: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    residual_conv: Any = None,
+    residual_norm: Any = None,
+    act: tuple[str, float] = IDENTITY,
+) -> Tensor:
+    """act(norm(conv(x)) + residual_norm(residual_conv(residual))), where any but norm may be missing."""
+    name, slope = act
+    if conv is None:
+        if residual_conv is not None and residual is not None:
+            residual, residual_norm = blocks.run(_unit(residual_conv, residual_norm), residual), None
+        return normalise(norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope)
+    projection = None
+    if residual is not None and residual_conv is not None:
+        residual, projection = None, (_unit(residual_conv, residual_norm), residual)
+    elif residual is not None and residual_norm is not None:
+        residual = normalise(residual_norm, residual)
+    return blocks.run(_unit(conv, norm, act), x, residual, projection)
+
+
+# The classes of what was swapped
+
+
+class Swapped:
+    """Comes before a user's class in a class made by `subclass`."""
+
+    nnfast_op = "batch_norm_act"
+    mixin: type[Swapped]
+    swapped_from: type
+
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """What the class needs beyond what it inherits."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Classes made at run time are found by no name; they are made again from the ones they stand for."""
+        function, arguments, *rest = super().__reduce_ex__(max(2, int(protocol)))
+        if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (function, arguments, *rest)
+        return (_new, (self.mixin, self.swapped_from), *rest)
+
+
+def subclass(mixin: type[Swapped], cls: type) -> Any:
+    """The class `cls` with `mixin` before it, under the same name: isinstance and all methods stay."""
+    if (mixin, cls) not in _SUBCLASSES:
+        members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members.update(mixin.members(cls), mixin=mixin, swapped_from=cls)
+        _SUBCLASSES[mixin, cls] = type(cls.__name__, (mixin, cls), members)
+    return _SUBCLASSES[mixin, cls]
+
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def _new(mixin: type[Swapped], cls: type) -> Any:
+    made = subclass(mixin, cls)
+    return made.__new__(made)
