@@ -101,9 +101,7 @@ def _bits(mask_ptr, row, column, columns, inside):
 
 
 @triton.jit
-def _dz(
-    grad, z, mask_ptr, row, column, columns, inside, slope, ACT: tl.constexpr, PRECISE: tl.constexpr
-):
+def _dz(grad, z, mask_ptr, row, column, columns, inside, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
     """grad * act'(z), with the sign of z from its bit where there is a mask."""
     if mask_ptr is not None:
         below = grad * _scalar(slope, grad.dtype) if ACT == 2 else grad * 0.0
@@ -276,9 +274,7 @@ def forward_kernel(
     """y = act(norm(x) [+ residual | + its norm]), and a bit for each z > 0 (relu: not z <= 0)."""
     row, column, inside, channel, known = _tile(rows, columns, channels, INNERMOST, ROWS, COLUMNS)
     offsets = row[:, None] * columns + column[None, :]
-    mean, _, scale, bias = _norm(
-        mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOST
-    )
+    mean, _, scale, bias = _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOST)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
     z = (wide(x) - mean) * scale + bias
     if residual_ptr is not None:
@@ -382,9 +378,7 @@ def sums_kernel(
             else:
                 z += r
         grad = wide(tl.load(grad_ptr + offsets, mask=inside, other=0.0))
-        dz = _dz(
-            grad, z, mask_ptr, memory_row, column, columns, inside, slope, ACT, x.dtype == tl.float32
-        )
+        dz = _dz(grad, z, mask_ptr, memory_row, column, columns, inside, slope, ACT, x.dtype == tl.float32)
         dz = tl.where(inside, dz, 0.0)
         sum_dz += dz
         sum_dz_x += tl.where(inside, dz * centred, 0.0)
@@ -661,6 +655,16 @@ def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         out = (dx, None if r_mean is None else dresidual)
         with _device(x):
             backward_kernel[grid](
-                _alike(grad, x), x, *norm, *of_residual, mask, slope, *given, 1 / count, *out, ACT=act, **launch
+                _alike(grad, x),
+                x,
+                *norm,
+                *of_residual,
+                mask,
+                slope,
+                *given,
+                1 / count,
+                *out,
+                ACT=act,
+                **launch,
             )
     return dx, dresidual
