@@ -640,7 +640,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        return grad.contiguous().flatten().view(grad.shape)  # of 1x1 weights too
 
 
 _enter: Callable[[Tensor], Tensor] = _Enter.apply
