@@ -90,12 +90,12 @@ def rotation(make: Callable[[], Any], bytes_each: int, device: str) -> list[Any]
     return [make() for _ in range(min(64, 1 + CACHE_BYTES[device] // max(bytes_each, 1)))]
 
 
-def forced(function: Callable[[Tensor], Tensor], backend: str) -> Callable[[Tensor], Tensor]:
+def forced(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
     """function, with a backend forced in every call."""
 
-    def run(x: Tensor) -> Tensor:
+    def run(*args: Tensor) -> Tensor:
         with nnfast.backend(backend):
-            return function(x)
+            return function(*args)
 
     return run
 

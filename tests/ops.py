@@ -167,7 +167,7 @@ def seed_focal(x: Tensor, targets: Tensor, alpha: Any = 1, gamma: float = 2) -> 
 
 def matrix(x: Tensor) -> Tensor:
     """Weights (7, D) of a linear layer for x: (..., D); exact in every dtype."""
-    return (torch.arange(7 * x.shape[-1], device=x.device) % 13 / 8 - 0.75).reshape(7, -1).to(x.dtype)
+    return (torch.arange(7 * x.shape[-1], device=x.device) % 17 / 8 - 1).reshape(7, -1).to(x.dtype)
 
 
 def row_targets(x: Tensor) -> Tensor:
