@@ -44,6 +44,20 @@ __device__ T* dynamic_shared() {
 #endif
 }
 
+// Shared memory that a block may have on the device.
+inline int64_t most_shared_bytes(int32_t device_index) {
+#if defined(NNFAST_EMULATE_CUDA)
+  static_cast<void>(device_index);
+  return 227 << 10;
+#else
+  int bytes = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
+  if (error != cudaSuccess) fail("device ", device_index, ": ", cudaGetErrorString(error));
+  return bytes;
+#endif
+}
+
 // Runs kernel(args...) on the device's current stream. Dynamic shared memory is `shared_bytes`.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
@@ -62,7 +76,10 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int thr
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // more has to be asked for
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   if (error != cudaSuccess) fail("launch of ", name, " failed: ", cudaGetErrorString(error));
 #endif
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/cpu.h"
+#include "common/elementwise.h"
 
 namespace nnfast::cpu {
 
@@ -78,7 +79,8 @@ struct Device {
   template <class Fn, class T, size_t inputs>
   static void map(const char*, const Fn& fn, const T* const (&in)[inputs], T* out, int64_t n, int32_t) {
     const bool in_place = std::find(in, in + inputs, out) != in + inputs;
-    Map<Fn, T, inputs> loop{fn, {}, out, !in_place && worth_streaming((inputs + 1) * n * sizeof(T))};
+    Map<Fn, T, inputs> loop{
+        prepared(fn), {}, out, !in_place && worth_streaming((inputs + 1) * n * sizeof(T))};
     std::copy_n(in, inputs, loop.in);
     if (!in_place) expect_writes(out, n * sizeof(T));
     parallel(n, grain, loop);

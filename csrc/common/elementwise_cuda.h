@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/cuda.h"
+#include "common/elementwise.h"
 
 namespace nnfast::cuda {
 
@@ -32,6 +33,7 @@ __global__ void __launch_bounds__(threads, 4) elementwise(Fn fn, Inputs<T, input
   using Each = std::make_index_sequence<inputs>;
   constexpr int accesses = accesses_of<inputs>;
   const int64_t start = (int64_t(blockIdx.x) * accesses * threads + threadIdx.x) * width;
+  const Fn ready = prepared(fn);
   V x[accesses][inputs] = {};
   NNFAST_UNROLL
   for (int a = 0; a < accesses; ++a) {
@@ -51,14 +53,14 @@ __global__ void __launch_bounds__(threads, 4) elementwise(Fn fn, Inputs<T, input
       for (int e = 0; e < width; ++e) {
         NNFAST_UNROLL
         for (size_t k = 0; k < inputs; ++k) one[k] = x[a][k].element[e];
-        result.element[e] = apply(fn, one, Each{});
+        result.element[e] = apply(ready, one, Each{});
       }
       *reinterpret_cast<V*>(out + i) = result;
     } else {
       for (; i < n; ++i) {
         NNFAST_UNROLL
         for (size_t k = 0; k < inputs; ++k) one[k] = from.in[k][i];
-        out[i] = apply(fn, one, Each{});
+        out[i] = apply(ready, one, Each{});
       }
     }
   }

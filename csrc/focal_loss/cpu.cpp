@@ -150,8 +150,7 @@ struct LongRows {
         ends.at_target[i] = ignored ? Compute(0) : Scalar<T>::load(row[target]);
         if constexpr (Backward) {
           if (!ignored)
-            ends.others[i] =
-                sum<bytes, true>(row, classes, target, ends.shift[i], exps.get() + i * stride);
+            ends.others[i] = sum<bytes, true>(row, classes, target, ends.shift[i], exps.get() + i * stride);
         } else {
           const auto running = scan<bytes>(row, classes, ignored ? -1 : target);
           ends.shift[i] = running.maximum;
@@ -178,7 +177,7 @@ struct LongRows {
   }
 
  private:
-  static constexpr int ways = 4;           // independent accumulators, against latency
+  static constexpr int ways = 4;            // independent accumulators, against latency
   static constexpr int64_t segment = 4096;  // elements that stay in L1 between two passes
 
   // Calls visit(at, from, way) for packs at x[at] that cover n elements; those before x[from] have been
@@ -416,8 +415,7 @@ struct TiledRows {
       const int start = std::max(0, std::min(c, classes - width));
       P packs[n];
       if constexpr (!out)
-        for (int row = 0; row < n; ++row)
-          packs[row] = P::load(rows.x + (first + row) * classes + start);
+        for (int row = 0; row < n; ++row) packs[row] = P::load(rows.x + (first + row) * classes + start);
       for (int part = 0; part < P::parts; ++part) {
         V square[n];
         for (int k = 0; k < n; ++k)

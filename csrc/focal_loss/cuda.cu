@@ -1,6 +1,7 @@
 // The focal loss on CUDA. A contiguous row belongs to 8 or 32 threads or to a block, by its length, and is
 // read in 16-byte vectors where they are aligned; a strided row belongs to one thread, neighbours side by
-// side.
+// side. Contiguous rows are read once: the backward keeps them in shared memory where they fit (64k classes
+// in bfloat16 on every architecture from sm_80 on), and reads longer ones again.
 #include "common/elementwise_cuda.h"
 #include "focal_loss/ops.h"
 
@@ -110,14 +111,43 @@ struct Slope {
   }
 };
 
+template <int lanes>
+constexpr int block_of = lanes > threads ? lanes : threads;
+
+// The vectors of x that this thread has read: `slots` of them in shared memory, or with none where they came
+// from. No thread reads another's, so there is nothing to wait for.
+template <class T, int lanes, int width>
+struct Kept {
+  using V = Vector<T, width>;
+  static constexpr int block = block_of<lanes>;
+  const T* row;
+  int slots;
+
+  static int slots_of(int64_t classes) { return int((classes + lanes * width - 1) / (lanes * width)); }
+  static int64_t bytes(int64_t slots) { return slots * block * int64_t(sizeof(V)); }
+
+  __device__ V load(int64_t c) const {
+    const V vector = *reinterpret_cast<const V*>(row + c);
+    if (slots) slot(c) = vector;
+    return vector;
+  }
+
+  __device__ V again(int64_t c) const { return slots ? slot(c) : *reinterpret_cast<const V*>(row + c); }
+
+ private:
+  static __device__ V& slot(int64_t c) {
+    return dynamic_shared<V>()[int(c) / (lanes * width) * block + int(threadIdx.x)];
+  }
+};
+
 // Threads of rows past the end take part in the shuffles, with nothing to add.
 template <class T, int lanes, int width, bool Known>
 __device__ RunningSum<ComputeOf<T>> sum_others(const SoftmaxRows<T>& rows, int64_t row, int64_t target,
-                                               RunningSum<ComputeOf<T>> running) {
+                                               RunningSum<ComputeOf<T>> running,
+                                               const Kept<T, lanes, width>& kept) {
   if (row < rows.rows) {
-    const T* const x = rows.x + row * rows.classes;
     for (int64_t c = threadIdx.x % lanes * width; c < rows.classes; c += lanes * width) {
-      const auto vector = *reinterpret_cast<const Vector<T, width>*>(x + c);
+      const auto vector = kept.load(c);
       ComputeOf<T> values[width];
       NNFAST_UNROLL
       for (int e = 0; e < width; ++e) values[e] = Scalar<T>::load(vector.element[e]);
@@ -128,26 +158,29 @@ __device__ RunningSum<ComputeOf<T>> sum_others(const SoftmaxRows<T>& rows, int64
 }
 
 template <class T, int lanes, int width>
-__global__ void __launch_bounds__(threads, 4) forward_rows(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
-  const int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
+__global__ void __launch_bounds__(block_of<lanes>, 1024 / block_of<lanes>)
+    forward_rows(SoftmaxRows<T> rows, ComputeOf<T>* loss) {
+  const int64_t row = int64_t(blockIdx.x) * (block_of<lanes> / lanes) + threadIdx.x / lanes;
   const int64_t target = row < rows.rows ? class_of(rows, row) : -1;
-  const auto running = sum_others<T, lanes, width, false>(rows, row, target, {});
+  const Kept<T, lanes, width> x{rows.x + row * rows.classes, 0};
+  const auto running = sum_others<T, lanes, width, false>(rows, row, target, {}, x);
   if (row < rows.rows && threadIdx.x % lanes == 0) write_row(rows, loss, row, target, running);
 }
 
 template <class T, int lanes, int width>
-__global__ void __launch_bounds__(threads, 4)
-    backward_rows(SoftmaxRows<T> rows, const ComputeOf<T>* grad, T* dx) {
+__global__ void __launch_bounds__(block_of<lanes>, 1024 / block_of<lanes>)
+    backward_rows(SoftmaxRows<T> rows, const ComputeOf<T>* grad, T* dx, int slots) {
   using V = Vector<T, width>;
-  const int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
+  const int64_t row = int64_t(blockIdx.x) * (block_of<lanes> / lanes) + threadIdx.x / lanes;
   const int64_t target = row < rows.rows ? class_of(rows, row) : -1;
   const ComputeOf<T> shift = row < rows.rows ? rows.log_sum_exp[row] : ComputeOf<T>(0);
-  const auto running = sum_others<T, lanes, width, true>(rows, row, target, {shift, 0});
+  const int64_t first = row * rows.classes;
+  const Kept<T, lanes, width> x{rows.x + first, slots};
+  const auto running = sum_others<T, lanes, width, true>(rows, row, target, {shift, 0}, x);
   if (row >= rows.rows) return;
   const Slope<T> slope(rows, grad, row, target, shift, running.sum);
-  const int64_t first = row * rows.classes;
   for (int64_t c = threadIdx.x % lanes * width; c < rows.classes; c += lanes * width) {
-    V vector = *reinterpret_cast<const V*>(rows.x + first + c);
+    V vector = x.again(c);
     NNFAST_UNROLL
     for (int e = 0; e < width; ++e) vector.element[e] = slope.of(vector.element[e], c + e);
     *reinterpret_cast<V*>(dx + first + c) = vector;
@@ -200,11 +233,11 @@ struct FocalDevice : Device {
   template <class T>
   static void softmax_forward(const SoftmaxRows<T>& rows, ComputeOf<T>* loss, int32_t device_index) {
     run(rows, true, [&](auto lanes, auto width, int64_t blocks) {
+      constexpr const char* name = "softmax_focal_loss";
       if constexpr (lanes == 1)
-        launch("softmax_focal_loss", forward_strided<T>, blocks, threads, 0, device_index, rows, loss);
+        launch(name, forward_strided<T>, blocks, threads, 0, device_index, rows, loss);
       else
-        launch("softmax_focal_loss", forward_rows<T, lanes, width>, blocks, threads, 0, device_index, rows,
-               loss);
+        launch(name, forward_rows<T, lanes, width>, blocks, block_of<lanes>, 0, device_index, rows, loss);
     });
   }
 
@@ -213,10 +246,16 @@ struct FocalDevice : Device {
                                int32_t device_index) {
     run(rows, is_aligned(dx), [&](auto lanes, auto width, int64_t blocks) {
       constexpr const char* name = "softmax_focal_loss_backward";
-      if constexpr (lanes == 1)
+      if constexpr (lanes == 1) {
         launch(name, backward_strided<T>, blocks, threads, 0, device_index, rows, grad, dx);
-      else
-        launch(name, backward_rows<T, lanes, width>, blocks, threads, 0, device_index, rows, grad, dx);
+      } else {
+        using Row = Kept<T, lanes, width>;
+        const int slots = Row::slots_of(rows.classes);
+        constexpr int64_t own = 2048;  // at most what the kernel itself and CUDA take
+        const bool fits = Row::bytes(slots) + own <= most_shared_bytes(device_index);
+        launch(name, backward_rows<T, lanes, width>, blocks, block_of<lanes>, fits ? Row::bytes(slots) : 0,
+               device_index, rows, grad, dx, fits ? slots : 0);
+      }
     });
   }
 
@@ -230,15 +269,17 @@ struct FocalDevice : Device {
     constexpr int vector = 16 / sizeof(T);
     const auto blocks = [&](int64_t rows_a_block) { return (rows.rows + rows_a_block - 1) / rows_a_block; };
     const auto with_lanes = [&](auto lanes) {
+      const int64_t count = blocks(block_of<lanes> / lanes);
       if (out_is_aligned && is_aligned(rows.x) && rows.classes % vector == 0)
-        body(lanes, Constant<vector>{}, blocks(threads / lanes));
+        body(lanes, Constant<vector>{}, count);
       else
-        body(lanes, Constant<1>{}, blocks(threads / lanes));
+        body(lanes, Constant<1>{}, count);
     };
     if (rows.inner > 1) return body(Constant<1>{}, Constant<1>{}, blocks(threads));
     if (rows.classes <= 64) return with_lanes(Constant<8>{});
     if (rows.classes <= 2048) return with_lanes(Constant<32>{});
-    with_lanes(Constant<threads>{});
+    if (rows.classes * sizeof(T) <= 32 << 10) return with_lanes(Constant<threads>{});
+    with_lanes(Constant<1024>{});  // few such rows are on chip at once, so each has more threads
   }
 };
 

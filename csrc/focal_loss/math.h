@@ -113,7 +113,7 @@ struct SigmoidFocalLoss {
  private:
   template <class T>
   struct Terms {
-    T large, small;  // sigmoid of |x| and of -|x|
+    T large, small;                    // sigmoid of |x| and of -|x|
     T false_positive, false_negative;  // p (1 - t) and (1 - p) t
     T q, cross_entropy;
   };

@@ -85,7 +85,7 @@ struct FocalLoss {
     return dispatch(sigmoid_name, x, [&](auto element) {
       using T = decltype(element);
       using Fn = SigmoidFocalLoss<typename Scalar<T>::Compute>;
-      return map<Device, T>(sigmoid_name, Backward<Fn>{Fn(alpha, gamma)}, x, {&grad, &x, &target});
+      return map_backward<Device, T>(sigmoid_name, Fn(alpha, gamma), grad, x, {&x, &target});
     });
   }
 

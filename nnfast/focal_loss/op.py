@@ -432,7 +432,11 @@ def _run_sigmoid(
     if torch.is_autocast_enabled(inputs.device.type):
         inputs, targets = reference.wide(inputs), reference.wide(targets)
     loss = losses(inputs, targets, float(alpha), float(gamma))
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if reduction == "none":
+        return loss
+    if reduction == "mean" and loss.itemsize >= 4:  # a sum in a half type may overflow
+        return loss.sum() / loss.numel()  # mean's own gradient is written out, a value an element
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _sigmoid_why_not(
