@@ -475,8 +475,9 @@ struct BatchNormDevice {
     const Layout& layout = problem.layout;
     with_width<T>(layout, {problem.x, problem.residual, grad, dz}, [&](auto width) {
       const auto run = [&](auto with_residual) {
-        constexpr int elements =
-            with_residual && width > 4 ? 4 : width;  // three sums of 8: too many registers
+        // More sums than these, or three of double, do not fit the registers.
+        constexpr bool narrow = with_residual && sizeof(Compute) == 8;
+        constexpr int elements = narrow ? 1 : width > 4 ? 4 : width;
         const Grid grid(layout, elements, 64);
         const Tensor partial = partials<Compute>(grid, like);
         launch(sums_name, reduce_gradients<T, elements, with_residual>, grid.blocks(), threads, 0,
