@@ -247,9 +247,10 @@ def _forward(
     act: int,
     slope: float,
     with_mask: bool = False,
+    moments: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """y, the mask, and what was normalised with."""
-    moments = _moments(kernels, x, residual, norm, residual_norm)
+    moments = moments or _moments(kernels, x, residual, norm, residual_norm)
     weight, bias, eps = (
         (None, None, 0.0) if residual_norm is None else (*residual_norm[:2], residual_norm.eps)
     )
@@ -276,9 +277,11 @@ class _BatchNormAct(torch.autograd.Function):
         act: int,
         slope: float,
         kernels: Any,
+        *moments: Tensor,
     ) -> Tensor:
+        ctx.moments_given = len(moments)
         with_mask = residual is not None and residual_norm is None and act in (RELU, LEAKY_RELU)
-        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask)
+        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask, moments)
         ctx.options = (norm, residual_norm, act, slope, kernels)
         ctx.has_residual = residual is not None
         needs_residual = residual_norm is not None or act in (SILU, MISH)
@@ -306,7 +309,8 @@ class _BatchNormAct(torch.autograd.Function):
         batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
         formula = batched or (requires and torch.is_grad_enabled())
         dx, dw, db, dr, drw, drb = (_gradients_by_formula if formula else _gradients)(ctx, grad, *saved)
-        return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], None, None, None, None, None
+        rest = [None] * (5 + ctx.moments_given)
+        return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], *rest
 
 
 _batch_norm_act = super(torch.autograd.Function, _BatchNormAct).apply
@@ -456,8 +460,12 @@ def run(
     tensors = (x, norm.weight, norm.bias, norm.offset, residual, *of_residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(kernels, x, norm, residual, residual_norm, act, slope)[0]
-    apply = _BatchNormAct.apply if is_compiling() else _batch_norm_act
-    return apply(*tensors, norm, residual_norm, act, slope, kernels)  # type: ignore[no-any-return, no-untyped-call]
+    options = (norm, residual_norm, act, slope, kernels)
+    if is_compiling():  # which knows no function that changes running statistics
+        with torch.no_grad():
+            moments = _moments(kernels, x, residual, norm, residual_norm)
+        return _BatchNormAct.apply(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
+    return _batch_norm_act(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Formulas:
