@@ -38,7 +38,7 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
 from ..core import tuning
-from ..core.op import Backend, Op, forced
+from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     LIBRARY,
     channels_innermost,
@@ -277,11 +277,11 @@ class _BatchNormAct(torch.autograd.Function):
         act: int,
         slope: float,
         kernels: Any,
-        *moments: Tensor,
+        *given: Tensor,
     ) -> Tensor:
-        ctx.moments_given = len(moments)
+        ctx.moments_given = len(given)
         with_mask = residual is not None and residual_norm is None and act in (RELU, LEAKY_RELU)
-        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask, moments)
+        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask, given)
         ctx.options = (norm, residual_norm, act, slope, kernels)
         ctx.has_residual = residual is not None
         needs_residual = residual_norm is not None or act in (SILU, MISH)
@@ -606,7 +606,8 @@ def _aten_why_not(
     reasons = []
     if norm.group is not None and x.is_cpu:
         reasons.append("statistics are shared by a process group, which torch cannot do on the cpu")
-    if not (_one_dtype(norm) and (residual_norm is None or _one_dtype(residual_norm))):
+    half = x.dtype not in (torch.float32, torch.float64)  # else all have x's
+    if half and not (_one_dtype(norm) and (residual_norm is None or _one_dtype(residual_norm))):
         reasons.append("weight, bias and running statistics have several dtypes; torch's own needs one")
     return reasons
 
@@ -745,6 +746,9 @@ def batch_norm_act(
     if norm.batch and recomputing():
         norm = _with_copies(norm)
         residual_norm = None if residual_norm is None else _with_copies(residual_norm)
+    small = x.numel() < BATCH_NORM_ACT.least and not is_compiling() and forced_outside_compile() is None
+    if small and not _aten_why_not(x, norm, residual, residual_norm):  # at once what `choose` would find
+        return _run_aten(x, norm, residual, residual_norm, act, slope)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)
     return result
 
