@@ -1,11 +1,12 @@
 // Batch norm, residual and activation on the CPU. One engine walks over stretches of memory in which the
-// channel repeats with a period of whole vectors: rows of channels where they are innermost, else a plane of one
-// channel. What is done to a vector is a Body.
+// channel repeats with a period of whole vectors: rows of channels where they are innermost, else a plane of
+// one channel. What is done to a vector is a Body.
+#include "common/cpu.h"
+
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "common/cpu.h"
 #include "conv_bn_act/ops.h"
 
 namespace nnfast::cpu {
@@ -43,8 +44,8 @@ struct LaneBits {
 
   static NNFAST_INLINE uint32_t gather(const Mask (&mask)[parts]) {
     if constexpr (bytes == 64 && parts == 2) {
-      const Bits both = (__builtin_bit_cast(Bits, mask[0]) & 0xffffu) |
-                        (__builtin_bit_cast(Bits, mask[1]) & 0xffff0000u);
+      const Bits both =
+          (__builtin_bit_cast(Bits, mask[0]) & 0xffffu) | (__builtin_bit_cast(Bits, mask[1]) & 0xffff0000u);
       uint32_t bits;
       asm("vpmovw2m %1, %0" : "=k"(bits) : "v"(both));
       return bits;
@@ -114,9 +115,9 @@ struct Engine {
   const Body& body;
   const T* in[inputs];
   T* out[sinks];
-  int64_t width;           // columns: a multiple of `unit`
-  int64_t table_width;     // `width`, or `lanes` where all columns share their coefficients
-  const Compute* table;    // (tables, table_width), each Pack's columns in the order of its parts
+  int64_t width;             // columns: a multiple of `unit`
+  int64_t table_width;       // `width`, or `lanes` where all columns share their coefficients
+  const Compute* table;      // (tables, table_width), each Pack's columns in the order of its parts
   Compute* total = nullptr;  // (sums, width), likewise
 
   // Where column j of a table is.
@@ -127,7 +128,8 @@ struct Engine {
 
   // n elements from `first` on. Bit 0 of the masks is theirs. One body for all of them: every copy of it is
   // compiled for each instruction set.
-  NNFAST_INLINE void run(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out, bool stream) const {
+  NNFAST_INLINE void run(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out,
+                         bool stream) const {
     const int64_t whole = n / lanes * lanes;
     for (int64_t at = 0; at < whole;) {
       const int64_t rows = std::min<int64_t>(group, (whole - at) / width);
@@ -352,9 +354,8 @@ struct Worker {
   // The task's own coefficients, from channel `first` on.
   NNFAST_INLINE void fill(int64_t first) const {
     const int64_t channels = task.layout.channels;
-    fill([&](int k, int64_t c) __attribute__((always_inline)) {
-      return task.coefficients[k * channels + first + c];
-    });
+    fill([&](int k, int64_t c)
+             __attribute__((always_inline)) { return task.coefficients[k * channels + first + c]; });
   }
 
   NNFAST_INLINE void run(int64_t first, int64_t n, bool stream) const {
@@ -465,7 +466,8 @@ struct Reduce {
         accumulate(accumulate),
         pieces(task.layout.pixels),
         parts(parts),
-        planes(pieces.count > 1 ? 1 : std::max<int64_t>(1, piece / std::max<int64_t>(1, task.layout.pixels))) {}
+        planes(pieces.count > 1 ? 1
+                                : std::max<int64_t>(1, piece / std::max<int64_t>(1, task.layout.pixels))) {}
 
   static int64_t parts_of(const Layout& layout) {
     return std::clamp<int64_t>(layout.numel() / grain, 1, torch::stable::get_num_threads());
@@ -502,8 +504,7 @@ struct Reduce {
         const double count = double(n / worker.period * stretches);
         for (int pass = accumulate.start(worker, part, channel, count); pass > 0; --pass) {
           worker.clear();
-          for (int64_t k = 0; k < stretches; ++k)
-            worker.run(first + k * channels * layout.pixels, n, false);
+          for (int64_t k = 0; k < stretches; ++k) worker.run(first + k * channels * layout.pixels, n, false);
           worker.fold(sums.get());
           accumulate.finish(worker, part, channel, count, sums.get(), pass == 1);
         }
@@ -585,7 +586,8 @@ struct GradientSums : Gradients<T, residual> {
 // Coefficients: z's, then slope and offset of the gradient, then those of the residual's.
 template <class T, bool residual>
 struct Backward : Gradients<T, residual> {
-  static constexpr int first = z_tables<residual>, tables = residual ? 9 : 5, outputs = 1 + residual, sums = 0;
+  static constexpr int first = z_tables<residual>, tables = residual ? 9 : 5, outputs = 1 + residual,
+                       sums = 0;
 
   template <class Math, class V, class Open>
   NNFAST_INLINE void apply(const V* in, const V* column, Open open, V* out, V*, V&) const {
@@ -644,9 +646,8 @@ struct Statistics {
   template <class W>
   NNFAST_INLINE void fill(const W& worker, int64_t part, int64_t channel) const {
     const double* const means = mean + part * channels + channel;
-    worker.fill([&](int, int64_t c) __attribute__((always_inline)) {
-      return shift<typename W::Compute>(means[c]);
-    });
+    worker.fill([&](int, int64_t c)
+                    __attribute__((always_inline)) { return shift<typename W::Compute>(means[c]); });
   }
 };
 
@@ -726,7 +727,8 @@ struct BatchNormDevice {
         const Norm<Compute>& norm = s == 2 ? problem.residual_norm : problem.norm;
         for (int64_t c = 0; c < channels; ++c) {
           double total = 0;
-          for (int64_t part = 0; part < parts; ++part) total += totals[(part * Body::sums + s) * channels + c];
+          for (int64_t part = 0; part < parts; ++part)
+            total += totals[(part * Body::sums + s) * channels + c];
           out[s][c] = Compute(s == 0 ? total : total * norm.inv_std(c));
         }
       }
@@ -771,7 +773,8 @@ struct BatchNormDevice {
 
   // (tables, channels), what z needs filled in.
   template <class T>
-  static std::unique_ptr<ComputeOf<T>[]> coefficients_of(const Problem<T>& problem, int tables, bool residual) {
+  static std::unique_ptr<ComputeOf<T>[]> coefficients_of(const Problem<T>& problem, int tables,
+                                                         bool residual) {
     const int64_t channels = problem.layout.channels;
     std::unique_ptr<ComputeOf<T>[]> to(new ComputeOf<T>[tables * channels]);
     for (int64_t c = 0; c < channels; ++c) {

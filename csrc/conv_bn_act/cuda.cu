@@ -1,7 +1,7 @@
 // Batch norm, residual and activation on CUDA. A block is `across` threads along the columns by threads /
-// across along the rows; it stays in its columns where those are channels, else in its rows, and so computes the
-// coefficients of its channels once, into shared memory. Sums go to partials, which a second kernel merges in a
-// fixed order.
+// across along the rows; it stays in its columns where those are channels, else in its rows, and so computes
+// the coefficients of its channels once, into shared memory. Sums go to partials, which a second kernel
+// merges in a fixed order.
 #include "common/cuda.h"
 #include "conv_bn_act/ops.h"
 
@@ -17,7 +17,8 @@ using ComputeOf = typename Scalar<T>::Compute;
 struct Grid {
   Layout layout;
   int across, passes;
-  int64_t along, chunks;  // blocks along what a channel keeps (tiles of columns, groups of rows), and across it
+  int64_t along,
+      chunks;  // blocks along what a channel keeps (tiles of columns, groups of rows), and across it
 
   Grid(const Layout& layout, int width, int most_passes) : layout(layout), across(least_across) {
     const int most = layout.channels_last ? 32 : threads;
@@ -106,7 +107,8 @@ __device__ void fill(const Problem<T>& problem, const Grid& grid, const Walk<wid
     if constexpr (tables == all_tables) {
       const Gradient<C> of_x(problem.norm, gradient.sums, gradient.count, c);
       const Gradient<C> of_residual =
-          normed ? Gradient<C>(problem.residual_norm, gradient.residual_sums, gradient.count, c) : Gradient<C>();
+          normed ? Gradient<C>(problem.residual_norm, gradient.residual_sums, gradient.count, c)
+                 : Gradient<C>();
       table[5][i] = of_x.slope;
       table[6][i] = of_x.offset;
       table[7][i] = of_residual.slope;
@@ -127,11 +129,10 @@ __device__ void store(T* to, int64_t at, const Vector<T, width>& value) {
 }
 
 template <class T, int tables>
-__device__ ComputeOf<T> z_of(const Kept<T> (&table)[tables], int i, T x, const T* residual) {
+__device__ ComputeOf<T> z_of(const Kept<T> (&table)[tables], int i, T x, T residual) {
   using S = Scalar<T>;
-  ComputeOf<T> z = (S::load(x) - table[0][i]) * table[1][i] + table[2][i];
-  if (residual) z += (S::load(*residual) - table[3][i]) * table[4][i];
-  return z;
+  return (S::load(x) - table[0][i]) * table[1][i] + table[2][i] +
+         (S::load(residual) - table[3][i]) * table[4][i];
 }
 
 // The bits of 8 / width neighbours, or-ed into a byte.
@@ -163,8 +164,7 @@ __global__ void __launch_bounds__(threads, 4) forward(Problem<T> problem, Grid g
       if (problem.residual) residual = load<T, width>(problem.residual, at);
       NNFAST_UNROLL
       for (int e = 0; e < width; ++e) {
-        const auto z = z_of<T>(table, first + e * step, x.element[e],
-                               problem.residual ? &residual.element[e] : nullptr);
+        const auto z = z_of<T>(table, first + e * step, x.element[e], residual.element[e]);
         bits |= uint32_t(problem.act.is_open(z) != 0) << e;
         result.element[e] = S::store(problem.act.template forward<typename S::Math>(z));
       }
@@ -178,33 +178,31 @@ __global__ void __launch_bounds__(threads, 4) forward(Problem<T> problem, Grid g
   }
 }
 
-// dz of the vector at the walk's place.
-template <class T, int width, int tables>
-__device__ void gradients(const Problem<T>& problem, const Walk<width>& walk, const T* grad,
-                          const uint8_t* mask, const Kept<T> (&table)[tables], int first, int step,
-                          const Vector<T, width>& x, const Vector<T, width>& residual,
-                          ComputeOf<T> (&dz)[width]) {
-  using S = Scalar<T>;
-  const Layout& layout = problem.layout;
-  const auto from = load<T, width>(grad, walk.offset(layout));
-  uint32_t bits = 0;
-  if (mask) bits = mask[walk.row * layout.mask_bytes() + walk.column / 8] >> walk.column % 8;
-  NNFAST_UNROLL
-  for (int e = 0; e < width; ++e) {
-    const ComputeOf<T> value = S::load(from.element[e]);
-    if (mask)
-      dz[e] = problem.act.gated(value, bits >> e & 1);
-    else
-      dz[e] = problem.act.template backward<typename S::Math>(
-          value, z_of<T>(table, first + e * step, x.element[e],
-                         problem.residual ? &residual.element[e] : nullptr));
+// What dz of a vector is made of.
+template <class T, int width>
+struct Incoming {
+  Vector<T, width> grad;
+  uint32_t bits;  // of the mask
+
+  __device__ Incoming(const Layout& layout, const Walk<width>& walk, const T* from, const uint8_t* mask)
+      : grad(load<T, width>(from, walk.offset(layout))), bits(0) {
+    if (mask) bits = mask[walk.row * layout.mask_bytes() + walk.column / 8] >> walk.column % 8;
   }
-}
+
+  template <int tables>
+  __device__ ComputeOf<T> dz(const Problem<T>& problem, bool masked, const Kept<T> (&table)[tables], int i,
+                             int e, T x, T residual) const {
+    using S = Scalar<T>;
+    const ComputeOf<T> value = S::load(grad.element[e]);
+    if (masked) return problem.act.gated(value, bits >> e & 1);
+    return problem.act.template backward<typename S::Math>(value, z_of<T>(table, i, x, residual));
+  }
+};
 
 template <class T, int width>
 __global__ void __launch_bounds__(threads, 4)
-    backward(Problem<T> problem, Grid grid, const T* grad, const uint8_t* mask, GradientInputs<T> inputs, T* dx,
-             T* dresidual) {
+    backward(Problem<T> problem, Grid grid, const T* grad, const uint8_t* mask, GradientInputs<T> inputs,
+             T* dx, T* dresidual) {
   using S = Scalar<T>;
   __shared__ Kept<T> table[all_tables];
   Walk<width> walk(grid);
@@ -216,11 +214,12 @@ __global__ void __launch_bounds__(threads, 4)
     const auto x = load<T, width>(problem.x, at);
     Vector<T, width> residual = {}, result;
     if (problem.residual) residual = load<T, width>(problem.residual, at);
+    const Incoming<T, width> incoming(layout, walk, grad, mask);
     ComputeOf<T> dz[width];
-    gradients<T, width>(problem, walk, grad, mask, table, first, step, x, residual, dz);
     NNFAST_UNROLL
     for (int e = 0; e < width; ++e) {
       const int i = first + e * step;
+      dz[e] = incoming.dz(problem, mask, table, i, e, x.element[e], residual.element[e]);
       result.element[e] =
           S::store(table[1][i] * dz[e] + (table[5][i] * (S::load(x.element[e]) - table[0][i]) + table[6][i]));
     }
@@ -229,8 +228,8 @@ __global__ void __launch_bounds__(threads, 4)
     NNFAST_UNROLL
     for (int e = 0; e < width; ++e) {
       const int i = first + e * step;
-      result.element[e] = S::store(table[4][i] * dz[e] +
-                                   (table[7][i] * (S::load(residual.element[e]) - table[3][i]) + table[8][i]));
+      result.element[e] = S::store(
+          table[4][i] * dz[e] + (table[7][i] * (S::load(residual.element[e]) - table[3][i]) + table[8][i]));
     }
     store<T, width>(dresidual, at, result);
   }
@@ -247,14 +246,14 @@ struct Moments {
     if (other.value[0] == 0) return;
     const Compute share = other.value[0] / total, delta = other.value[1] - value[1];
     value[2] += other.value[2] + delta * delta * share * value[0];
-    value[1] = value[0] == 0 ? other.value[1] : value[1] * (1 - share) + other.value[1] * share;
+    value[1] += delta * share;
     value[0] = total;
   }
 };
 
-template <class Compute>
+template <class Compute, bool residual>
 struct Totals {
-  static constexpr int size = 3;  // of dz, of dz (x - mean), of dz (residual - mean)
+  static constexpr int size = 2 + residual;  // of dz, of dz (x - mean), of dz (residual - mean)
   Compute value[size] = {};
 
   __device__ void add(const Totals& other) {
@@ -265,7 +264,8 @@ struct Totals {
 
 // The block's sums, each thread's of its columns, into partial: (size, parts, channels).
 template <class Sum, int width, class Compute>
-__device__ void write_partials(const Grid& grid, const Walk<width>& walk, Sum (&mine)[width], Compute* partial) {
+__device__ void write_partials(const Grid& grid, const Walk<width>& walk, Sum (&mine)[width],
+                               Compute* partial) {
   __shared__ Compute shared[Sum::size][threads];
   const Layout& layout = grid.layout;
   const int64_t stride = grid.parts() * layout.channels;
@@ -307,21 +307,34 @@ __device__ void write_partials(const Grid& grid, const Walk<width>& walk, Sum (&
   }
 }
 
+// A value of the channel: what is left of the mean without it has digits to spare. Finite.
+template <class T>
+__device__ ComputeOf<T> shift_of(const T* x, const Layout& layout, int64_t c) {
+  if (c >= layout.channels) return 0;
+  const ComputeOf<T> shift = Scalar<T>::load(x[layout.channels_last ? c : c * layout.pixels]);
+  return shift - shift == 0 ? shift : 0;
+}
+
 template <class T, int width>
 __global__ void __launch_bounds__(threads, 4) reduce_moments(const T* x, Grid grid, ComputeOf<T>* partial) {
   using C = ComputeOf<T>;
   Walk<width> walk(grid);
   Moments<C> mine[width];
-  C count = 0;
+  C count = 0, shift[width];
+  NNFAST_UNROLL
+  for (int e = 0; e < width; ++e) {
+    const int64_t c = grid.layout.channels_last ? walk.column + e : walk.row % grid.layout.channels;
+    shift[e] = shift_of(x, grid.layout, c);
+  }
   for (int k = 0; k < grid.passes && walk.inside(grid.layout); ++k, walk.next()) {
     const auto vector = load<T, width>(x, walk.offset(grid.layout));
     count += 1;
     const C share = 1 / count;
     NNFAST_UNROLL
     for (int e = 0; e < width; ++e) {
-      const C value = Scalar<T>::load(vector.element[e]), delta = value - mine[e].value[1];
-      mine[e].value[1] = count == 1 ? value : mine[e].value[1] + delta * share;  // infinity stays
-      mine[e].value[2] += count == 1 ? 0 * value : delta * (value - mine[e].value[1]);
+      const C value = Scalar<T>::load(vector.element[e]) - shift[e], delta = value - mine[e].value[1];
+      mine[e].value[1] += delta * share;
+      mine[e].value[2] += delta * (value - mine[e].value[1]);
     }
   }
   NNFAST_UNROLL
@@ -329,7 +342,7 @@ __global__ void __launch_bounds__(threads, 4) reduce_moments(const T* x, Grid gr
   write_partials(grid, Walk<width>(grid), mine, partial);
 }
 
-template <class T, int width>
+template <class T, int width, bool with_residual>
 __global__ void __launch_bounds__(threads, 4)
     reduce_gradients(Problem<T> problem, Grid grid, const T* grad, const uint8_t* mask, T* to,
                      ComputeOf<T>* partial) {
@@ -339,26 +352,25 @@ __global__ void __launch_bounds__(threads, 4)
   fill(problem, grid, walk, {}, table);
   const Layout& layout = grid.layout;
   const int first = layout.channels_last ? walk.tx * width : walk.ty, step = layout.channels_last;
-  Totals<C> mine[width];
+  Totals<C, with_residual> mine[width];
   for (int k = 0; k < grid.passes && walk.inside(layout); ++k, walk.next()) {
     const int64_t at = walk.offset(layout);
     const auto x = load<T, width>(problem.x, at);
     Vector<T, width> residual = {};
-    if (problem.residual) residual = load<T, width>(problem.residual, at);
-    C dz[width];
-    gradients<T, width>(problem, walk, grad, mask, table, first, step, x, residual, dz);
+    if constexpr (with_residual) residual = load<T, width>(problem.residual, at);
+    const Incoming<T, width> incoming(layout, walk, grad, mask);
+    Vector<T, width> result;
     NNFAST_UNROLL
     for (int e = 0; e < width; ++e) {
       const int i = first + e * step;
-      mine[e].value[0] += dz[e];
-      mine[e].value[1] += dz[e] * (Scalar<T>::load(x.element[e]) - table[0][i]);
-      mine[e].value[2] += dz[e] * (Scalar<T>::load(residual.element[e]) - table[3][i]);
+      const C dz = incoming.dz(problem, mask, table, i, e, x.element[e], residual.element[e]);
+      mine[e].value[0] += dz;
+      mine[e].value[1] += dz * (Scalar<T>::load(x.element[e]) - table[0][i]);
+      if constexpr (with_residual)
+        mine[e].value[2] += dz * (Scalar<T>::load(residual.element[e]) - table[3][i]);
+      result.element[e] = Scalar<T>::store(dz);
     }
-    if (!to) continue;
-    Vector<T, width> result;
-    NNFAST_UNROLL
-    for (int e = 0; e < width; ++e) result.element[e] = Scalar<T>::store(dz[e]);
-    store<T, width>(to, at, result);
+    if (to) store<T, width>(to, at, result);
   }
   write_partials(grid, Walk<width>(grid), mine, partial);
 }
@@ -386,12 +398,14 @@ __device__ void merge(const Compute* partial, int64_t parts, int64_t channels, c
   finish(c, mine);
 }
 
-template <class Compute>
+template <class T>
 __global__ void __launch_bounds__(merge_threads, 1)
-    merge_moments(const Compute* partial, int64_t parts, int64_t channels, Compute* mean, Compute* var) {
-  merge<Moments<Compute>>(partial, parts, channels, [&](int64_t c, const Moments<Compute>& moments) {
-    mean[c] = moments.value[0] > 0 ? moments.value[1] : moments.value[0] / moments.value[0];
-    var[c] = moments.value[2] / moments.value[0];
+    merge_moments(const T* x, Layout layout, const ComputeOf<T>* partial, int64_t parts, ComputeOf<T>* mean,
+                  ComputeOf<T>* var) {
+  using C = ComputeOf<T>;
+  merge<Moments<C>>(partial, parts, layout.channels, [&](int64_t c, const Moments<C>& moments) {
+    var[c] = moments.value[2] / moments.value[0];  // of nothing: NaN
+    mean[c] = moments.value[0] > 0 ? moments.value[1] + shift_of(x, layout, c) : var[c];
   });
 }
 
@@ -400,14 +414,16 @@ struct SumOutputs {
   Compute* out[3];
 };
 
-template <class Compute>
+template <class Compute, bool with_residual>
 __global__ void __launch_bounds__(merge_threads, 1)
     merge_gradients(const Compute* partial, int64_t parts, int64_t channels, Norm<Compute> norm,
                     Norm<Compute> residual_norm, SumOutputs<Compute> to) {
-  merge<Totals<Compute>>(partial, parts, channels, [&](int64_t c, const Totals<Compute>& totals) {
+  using Sum = Totals<Compute, with_residual>;
+  merge<Sum>(partial, parts, channels, [&](int64_t c, const Sum& totals) {
     to.out[0][c] = totals.value[0];
     to.out[1][c] = totals.value[1] * norm.inv_std(c);
-    if (to.out[2]) to.out[2][c] = totals.value[2] * residual_norm.inv_std(c);
+    if constexpr (with_residual)
+      if (to.out[2]) to.out[2][c] = totals.value[2] * residual_norm.inv_std(c);
   });
 }
 
@@ -422,15 +438,17 @@ __global__ void __launch_bounds__(threads, 4)
 }
 
 struct BatchNormDevice {
+  static constexpr const char* sums_name = "batch_norm_act_sums";
+
   template <class T, class Compute>
   static void stats(const T* x, const Layout& layout, Compute* mean, Compute* var, const Tensor& like) {
     with_width<T>(layout, {x}, [&](auto width) {
       const Grid grid(layout, width, 64);
       const Tensor partial = partials<Compute>(grid, like);
-      launch("batch_norm_stats", reduce_moments<T, width>, grid.blocks(), threads, 0, like.get_device_index(), x,
-             grid, data<Compute>(partial));
-      launch("batch_norm_stats", merge_moments<Compute>, Grid::ceil(layout.channels, 32), merge_threads, 0,
-             like.get_device_index(), data<Compute>(partial), grid.parts(), layout.channels, mean, var);
+      launch("batch_norm_stats", reduce_moments<T, width>, grid.blocks(), threads, 0, like.get_device_index(),
+             x, grid, data<Compute>(partial));
+      launch("batch_norm_stats", merge_moments<T>, Grid::ceil(layout.channels, 32), merge_threads, 0,
+             like.get_device_index(), x, layout, data<Compute>(partial), grid.parts(), mean, var);
     });
   }
 
@@ -445,24 +463,30 @@ struct BatchNormDevice {
   static void forward(const Problem<T>& problem, T* y, uint8_t* mask, int32_t device_index) {
     with_width<T>(problem.layout, {problem.x, problem.residual, y}, [&](auto width) {
       const Grid grid(problem.layout, width, 16);
-      launch("batch_norm_act", cuda::forward<T, width>, grid.blocks(), threads, 0, device_index, problem, grid, y,
-             mask);
+      launch("batch_norm_act", cuda::forward<T, width>, grid.blocks(), threads, 0, device_index, problem,
+             grid, y, mask);
     });
   }
 
   template <class T, class Compute>
-  static void sums(const Problem<T>& given, const T* grad, const uint8_t* mask, Compute* const (&out)[3], T* dz,
-                   const Tensor& like) {
+  static void sums(const Problem<T>& given, const T* grad, const uint8_t* mask, Compute* const (&out)[3],
+                   T* dz, const Tensor& like) {
     const Problem<T> problem = without_idle_residual(given, mask);
     const Layout& layout = problem.layout;
     with_width<T>(layout, {problem.x, problem.residual, grad, dz}, [&](auto width) {
-      const Grid grid(layout, width, 64);
-      const Tensor partial = partials<Compute>(grid, like);
-      launch("batch_norm_act_sums", reduce_gradients<T, width>, grid.blocks(), threads, 0,
-             like.get_device_index(), problem, grid, grad, mask, dz, data<Compute>(partial));
-      launch("batch_norm_act_sums", merge_gradients<Compute>, Grid::ceil(layout.channels, 32), merge_threads, 0,
-             like.get_device_index(), data<Compute>(partial), grid.parts(), layout.channels, problem.norm,
-             problem.residual_norm, SumOutputs<Compute>{out[0], out[1], out[2]});
+      const auto run = [&](auto with_residual) {
+        constexpr int elements =
+            with_residual && width > 4 ? 4 : width;  // three sums of 8: too many registers
+        const Grid grid(layout, elements, 64);
+        const Tensor partial = partials<Compute>(grid, like);
+        launch(sums_name, reduce_gradients<T, elements, with_residual>, grid.blocks(), threads, 0,
+               like.get_device_index(), problem, grid, grad, mask, dz, data<Compute>(partial));
+        launch(sums_name, merge_gradients<Compute, with_residual>, Grid::ceil(layout.channels, 32),
+               merge_threads, 0, like.get_device_index(), data<Compute>(partial), grid.parts(),
+               layout.channels, problem.norm, problem.residual_norm,
+               SumOutputs<Compute>{out[0], out[1], out[2]});
+      };
+      problem.residual ? run(std::true_type{}) : run(std::false_type{});
     });
   }
 

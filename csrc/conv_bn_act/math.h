@@ -1,5 +1,5 @@
-// act(batch norm(x) [+ residual | + batch norm(residual)]), Ioffe and Szegedy 2015, and its gradients, for one
-// element. T is the type of the arithmetic, a scalar or (on the CPU) a vector of Compute.
+// act(batch norm(x) [+ residual | + batch norm(residual)]), Ioffe and Szegedy 2015, and its gradients, for
+// one element. T is the type of the arithmetic, a scalar or (on the CPU) a vector of Compute.
 #pragma once
 
 #include <cmath>
@@ -63,7 +63,8 @@ struct AnyActivation {
   }
 };
 
-// A batch norm over `channels` channels: all (C,), weight and bias may be null; so is mean where there is none.
+// A batch norm over `channels` channels: all (C,), weight and bias may be null; so is mean where there is
+// none.
 template <class Compute>
 struct Norm {
   const Compute *mean, *var, *weight, *bias;
@@ -101,7 +102,7 @@ template <class Compute>
 struct Gradient {
   Compute slope = 0, offset = 0;
 
-  NNFAST_INLINE Gradient() = default;
+  Gradient() = default;
   NNFAST_INLINE Gradient(const Norm<Compute>& norm, const Sums<Compute>& sums, Compute count, int64_t c) {
     if (!sums.dz) return;
     const Compute inv_std = norm.inv_std(c), factor = -norm.scale(c) / count;

@@ -63,8 +63,7 @@ struct BatchNormAct {
       fail(update_name, ": mean has shape ", describe(mean.sizes()), "; it needs to be (C,) and contiguous");
     check_channels(update_name, "var", var, mean, mean.size(0), dtype);
     if (offset) check_channels(update_name, "offset", *offset, mean, mean.size(0), dtype);
-    check_channels(update_name, "running_mean", running_mean, mean, mean.size(0),
-                   running_mean.scalar_type());
+    check_channels(update_name, "running_mean", running_mean, mean, mean.size(0), running_mean.scalar_type());
     check_channels(update_name, "running_var", running_var, mean, mean.size(0), running_var.scalar_type());
     for (const Tensor* running : {&running_mean, &running_var}) {
       const ScalarType type = running->scalar_type();
@@ -98,11 +97,11 @@ struct BatchNormAct {
                                             double slope, bool with_mask) {
     return dispatch(forward_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(forward_name, x, {mean, var, weight, bias, eps}, residual,
-                                   {residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
-                                   act, slope);
-      check(!with_mask || arguments.problem.act.has_gate(), forward_name, ": with_mask is for relu and leaky_relu, act is ",
-            act);
+      const Arguments<T> arguments(
+          forward_name, x, {mean, var, weight, bias, eps}, residual,
+          {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}, act, slope);
+      check(!with_mask || arguments.problem.act.has_gate(), forward_name,
+            ": with_mask is for relu and leaky_relu, act is ", act);
       const Layout& layout = arguments.problem.layout;
       Tensor y = new_like(arguments.x.tensor);
       Tensor mask = with_mask ? empty(x, {layout.rows(), layout.mask_bytes()}, ScalarType::Byte)
@@ -121,9 +120,9 @@ struct BatchNormAct {
       double residual_eps, const Optional& mask, int64_t act, double slope, bool with_dz) {
     return dispatch(sums_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(sums_name, x, {mean, var, weight, bias, eps}, residual,
-                                   {residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
-                                   act, slope);
+      const Arguments<T> arguments(
+          sums_name, x, {mean, var, weight, bias, eps}, residual,
+          {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}, act, slope);
       const Tensor upstream = arguments.x.like(sums_name, "grad", grad);
       const bool normed = arguments.problem.residual_norm.mean;
       Tensor sum_dz = channels<T>(x), sum_dz_xhat = channels<T>(x);
@@ -145,9 +144,9 @@ struct BatchNormAct {
       const Optional& sum_dz_xhat, const Optional& sum_dz_residual_xhat, double count) {
     return dispatch(backward_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(backward_name, x, {mean, var, weight, bias, eps}, residual,
-                                   {residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
-                                   act, slope);
+      const Arguments<T> arguments(
+          backward_name, x, {mean, var, weight, bias, eps}, residual,
+          {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}, act, slope);
       const Problem<T>& problem = arguments.problem;
       const Tensor upstream = arguments.x.like(backward_name, "grad", grad);
       const bool normed = problem.residual_norm.mean;
@@ -281,8 +280,8 @@ struct BatchNormAct {
       problem.residual = nullptr;
       problem.act = {Activation(act), Compute<T>(slope)};
       problem.norm = checked(op, norm, {"mean", "var", "weight", "bias"});
-      problem.residual_norm = checked(
-          op, residual_norm, {"residual_mean", "residual_var", "residual_weight", "residual_bias"});
+      problem.residual_norm =
+          checked(op, residual_norm, {"residual_mean", "residual_var", "residual_weight", "residual_bias"});
       check(other || !residual_norm.mean, op, ": residual_mean needs a residual");
       if (!other) return;
       residual = x.like(op, "residual", *other);
@@ -296,7 +295,8 @@ struct BatchNormAct {
 
     const uint8_t* bits(const char* op, const Optional& mask) const {
       if (!mask) return nullptr;
-      check(problem.act.has_gate(), op, ": mask is for relu and leaky_relu, act is ", int64_t(problem.act.which));
+      check(problem.act.has_gate(), op, ": mask is for relu and leaky_relu, act is ",
+            int64_t(problem.act.which));
       if (mask->scalar_type() != ScalarType::Byte || mask->dim() != 2 || !mask->is_contiguous() ||
           mask->size(0) != x.layout.rows() || mask->size(1) != x.layout.mask_bytes())
         fail(op, ": mask has shape ", describe(mask->sizes()), " and dtype ", describe(mask->scalar_type()),
