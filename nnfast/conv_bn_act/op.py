@@ -213,8 +213,14 @@ def _moments(kernels: Any, x: Tensor, residual: Tensor | None, norm: Norm, resid
         if each.running_mean is not None and each.running_var is not None:
             mean, var = unbiased[2 * i : 2 * i + 2]
             offset = _wide(each.offset, dtype)
-            kernels.update_(each.running_mean, each.running_var, mean, var, offset, correction, each.momentum)
-            torch.autograd.graph.increment_version((each.running_mean, each.running_var))
+            running = (each.running_mean, each.running_var)
+            written = [t.contiguous() for t in running]
+            kernels.update_(*written, mean, var, offset, correction, each.momentum)
+            for given, new in zip(running, written, strict=True):
+                if new is not given:
+                    given.copy_(new)
+            if not is_compiling():
+                torch.autograd.graph.increment_version(running)
     return moments
 
 
