@@ -38,7 +38,7 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
 from ..core import tuning
-from ..core.op import Backend, Op, forced
+from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     LIBRARY,
     channels_innermost,
@@ -213,8 +213,14 @@ def _moments(kernels: Any, x: Tensor, residual: Tensor | None, norm: Norm, resid
         if each.running_mean is not None and each.running_var is not None:
             mean, var = unbiased[2 * i : 2 * i + 2]
             offset = _wide(each.offset, dtype)
-            kernels.update_(each.running_mean, each.running_var, mean, var, offset, correction, each.momentum)
-            torch.autograd.graph.increment_version((each.running_mean, each.running_var))
+            running = (each.running_mean, each.running_var)
+            written = [t.contiguous() for t in running]
+            kernels.update_(*written, mean, var, offset, correction, each.momentum)
+            for given, new in zip(running, written, strict=True):
+                if new is not given:
+                    given.copy_(new)
+            if not is_compiling():
+                torch.autograd.graph.increment_version(running)
     return moments
 
 
@@ -247,9 +253,10 @@ def _forward(
     act: int,
     slope: float,
     with_mask: bool = False,
+    moments: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """y, the mask, and what was normalised with."""
-    moments = _moments(kernels, x, residual, norm, residual_norm)
+    moments = moments or _moments(kernels, x, residual, norm, residual_norm)
     weight, bias, eps = (
         (None, None, 0.0) if residual_norm is None else (*residual_norm[:2], residual_norm.eps)
     )
@@ -276,9 +283,11 @@ class _BatchNormAct(torch.autograd.Function):
         act: int,
         slope: float,
         kernels: Any,
+        *given: Tensor,
     ) -> Tensor:
+        ctx.moments_given = len(given)
         with_mask = residual is not None and residual_norm is None and act in (RELU, LEAKY_RELU)
-        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask)
+        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask, given)
         ctx.options = (norm, residual_norm, act, slope, kernels)
         ctx.has_residual = residual is not None
         needs_residual = residual_norm is not None or act in (SILU, MISH)
@@ -306,7 +315,8 @@ class _BatchNormAct(torch.autograd.Function):
         batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
         formula = batched or (requires and torch.is_grad_enabled())
         dx, dw, db, dr, drw, drb = (_gradients_by_formula if formula else _gradients)(ctx, grad, *saved)
-        return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], None, None, None, None, None
+        rest = [None] * (5 + ctx.moments_given)
+        return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], *rest
 
 
 _batch_norm_act = super(torch.autograd.Function, _BatchNormAct).apply
@@ -456,8 +466,12 @@ def run(
     tensors = (x, norm.weight, norm.bias, norm.offset, residual, *of_residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(kernels, x, norm, residual, residual_norm, act, slope)[0]
-    apply = _BatchNormAct.apply if is_compiling() else _batch_norm_act
-    return apply(*tensors, norm, residual_norm, act, slope, kernels)  # type: ignore[no-any-return, no-untyped-call]
+    options = (norm, residual_norm, act, slope, kernels)
+    if is_compiling():  # which knows no function that changes running statistics
+        with torch.no_grad():
+            moments = _moments(kernels, x, residual, norm, residual_norm)
+        return _BatchNormAct.apply(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
+    return _batch_norm_act(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Formulas:
@@ -598,7 +612,8 @@ def _aten_why_not(
     reasons = []
     if norm.group is not None and x.is_cpu:
         reasons.append("statistics are shared by a process group, which torch cannot do on the cpu")
-    if not (_one_dtype(norm) and (residual_norm is None or _one_dtype(residual_norm))):
+    half = x.dtype not in (torch.float32, torch.float64)  # else all have x's
+    if half and not (_one_dtype(norm) and (residual_norm is None or _one_dtype(residual_norm))):
         reasons.append("weight, bias and running statistics have several dtypes; torch's own needs one")
     return reasons
 
@@ -737,6 +752,9 @@ def batch_norm_act(
     if norm.batch and recomputing():
         norm = _with_copies(norm)
         residual_norm = None if residual_norm is None else _with_copies(residual_norm)
+    small = x.numel() < BATCH_NORM_ACT.least and not is_compiling() and forced_outside_compile() is None
+    if small and not _aten_why_not(x, norm, residual, residual_norm):  # at once what `choose` would find
+        return _run_aten(x, norm, residual, residual_norm, act, slope)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)
     return result
 

@@ -106,12 +106,8 @@ def softmax_cases(dtype: str, size: int) -> Iterator[Case]:
                 yield name, kernel, types, constants, config.num_warps, focal_loss.ASSERT
 
 
-BATCH_NORMS = {
-    "plain": {"ACT": 0},
-    "mask": {"ACT": 2},
-    "two": {"ACT": 4},
-}
-"""One batch norm; one and a residual, with a mask; two. Each with an activation of its own."""
+BATCH_NORMS = {"mask": {"ACT": 2}, "two": {"ACT": 4}}
+"""A residual and a mask; two batch norms. Each with an activation of its own."""
 
 LENGTHS = ["rows", "columns", "channels", "rows_a_split", "partials"]
 
@@ -143,6 +139,8 @@ def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
             yield case("statistics", layout, columns, {})
             for kernel in ("forward", "sums", "backward"):
                 for what, constants in BATCH_NORMS.items():
+                    if what == "mask" and (layout == "innermost") != (columns == 64):
+                        continue
                     arguments = getattr(conv_bn_act, f"{kernel}_kernel").arg_names
                     left_out = [n for n in arguments if what != "two" and n.startswith("residual_")]
                     if what == "mask" and kernel == "forward":
