@@ -33,7 +33,9 @@ ACTIVATIONS: dict[type, tuple[str, float]] = {
 """Name and slope of what a pass can end with; nn.LeakyReLU brings its own slope."""
 
 ACTIVATION_FUNCTIONS = {
-    **dict.fromkeys(("torch.relu", "torch.relu_", "F.relu", "F.relu_", "Tensor.relu", "Tensor.relu_"), "relu"),
+    **dict.fromkeys(
+        ("torch.relu", "torch.relu_", "F.relu", "F.relu_", "Tensor.relu", "Tensor.relu_"), "relu"
+    ),
     **{"F.leaky_relu": "leaky_relu", "F.silu": "silu", "F.mish": "mish"},
 }
 """The same for functions, by the names that `read` gives them."""
@@ -194,7 +196,7 @@ def eager(x: object) -> bool:
         and x.dim() == 4
         and x.device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not transformed()
         and not torch_module._has_any_global_hook()
     )
@@ -345,7 +347,9 @@ def normalised(
     if conv is None:
         if residual_conv is not None and residual is not None:
             residual, residual_norm = blocks.run(_unit(residual_conv, residual_norm), residual), None
-        return normalise(norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope)
+        return normalise(
+            norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope
+        )
     projection = None
     if residual is not None and residual_conv is not None:
         residual, projection = None, (_unit(residual_conv, residual_norm), residual)

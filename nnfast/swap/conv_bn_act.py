@@ -1,4 +1,4 @@
-"""Convolution, batch norm, sum and activation in one: in nn.Sequential, and in blocks whose forward can be read."""
+"""Chains of convolution, batch norm, sum and activation: in nn.Sequential, and in forwards that can be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .chain import (
     subclass,
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
-from .read import Program, Unreadable, read
+from .read import Program, UnreadableError, read
 from .rule import Proposal, public_name
 
 _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.modules)
@@ -42,7 +42,9 @@ def modules(module: nn.Module) -> list[Proposal]:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and getattr(type(module), "forward", None) is nn.Sequential.forward
+    return (
+        isinstance(module, nn.Sequential) and getattr(type(module), "forward", None) is nn.Sequential.forward
+    )
 
 
 def _norm_act(module: nn.Module) -> list[Proposal]:
@@ -61,7 +63,7 @@ def _forward(module: nn.Module) -> list[Proposal]:
         return []
     try:
         program = read(module)
-    except Unreadable as error:
+    except UnreadableError as error:
         pairs = list(zip(module._modules.values(), list(module._modules.values())[1:], strict=False))
         alike = any(isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d) for a, b in pairs)
         reason = f"its forward is not only calls of its children and of torch's functions: {error}"
@@ -79,7 +81,9 @@ def _may_hold_chains(module: nn.Module) -> bool:
         return False
     forward = inspect.getattr_static(type(module), "forward", None)
     ours = str(getattr(forward, "__module__", "")).startswith(("torch.nn.modules.", "nnfast."))
-    return not ours and any(isinstance(each, nn.BatchNorm2d) for each in module.modules() if each is not module)
+    return not ours and any(
+        isinstance(each, nn.BatchNorm2d) for each in module.modules() if each is not module
+    )
 
 
 def _proposals(
@@ -190,7 +194,7 @@ def _parts(module: nn.Module) -> list[Any] | None:
         return None
     try:
         line = plan(read(module)).line
-    except Unreadable:
+    except UnreadableError:
         return None
     return items(line, module, _parts) if line else None
 
