@@ -224,7 +224,7 @@ def run(items: list[Any], x: Any) -> Any:
 
 
 def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tuple[Tensor, int]:
-    """Chains that follow each other, up to the sum that makes them a residual block; where the list goes on."""
+    """Chains that follow each other, up to the sum that makes them a residual block; where to go on."""
     units: list[Unit] = []
     chain: Chain | None = first
     while chain is not None and chain.conv is not None and chain.add is None:

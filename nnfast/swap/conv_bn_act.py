@@ -1,9 +1,10 @@
-"""Chains of convolution, batch norm, sum and activation: in nn.Sequential, and in forwards that can be read."""
+"""Chains of convolution, batch norm, sum and activation: in nn.Sequential, and in readable forwards."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def _is_sequential(module: nn.Module) -> bool:
 
 
 def _norm_act(module: nn.Module) -> list[Proposal]:
-    """timm's BatchNormAct2d: also where nothing follows the batch norm, so that chains may begin before it."""
+    """timm's BatchNormAct2d: also where nothing follows the batch norm: a convolution may come before it."""
     return _proposals(module, {"__class__": FusedNorm}, _chains(norm_parts(module)) or ["bn"], [])
 
 
@@ -209,7 +210,7 @@ def _called(program: Program, module: nn.Module) -> list[tuple[str, Any]]:
 def _near_misses(called: list[tuple[str, Any]]) -> list[str]:
     """Why a convolution and a batch norm called one after another are not a chain."""
     reasons: list[str] = []
-    for (name, first), (next_name, second) in zip(called, called[1:], strict=False):
+    for (name, first), (next_name, second) in pairwise(called):
         if not (_is_a(first, _ConvNd, "conv") and _is_a(second, _NormBase, "norm")):
             continue
         for who, what, wanted in ((name, first, nn.Conv2d), (next_name, second, nn.BatchNorm2d)):

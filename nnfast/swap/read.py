@@ -105,7 +105,9 @@ def known_function(value: Any) -> str:
         if name and getattr(_SPACES[space], name, None) is value:
             return f"{space}.{name}"
     return (
-        _made_by_functions().get(value, "") if home.startswith("torch.") and isinstance(value, FunctionType) else ""
+        _made_by_functions().get(value, "")
+        if home.startswith("torch.") and isinstance(value, FunctionType)
+        else ""
     )
 
 
@@ -347,7 +349,7 @@ class _Library(_Stranger):
         value = getattr(self._library, name, None)
         if isinstance(value, ModuleType):
             return _Library(self._reader, f"{self._name}.{name}", value)
-        if value in (torch.jit.is_scripting, torch.jit.is_tracing)  # type: ignore[attr-defined]:
+        if value in (torch.jit.is_scripting, torch.jit.is_tracing):  # type: ignore[attr-defined]
             return lambda: False
         if isinstance(value, (torch.dtype, torch.memory_format)):
             return value
