@@ -355,7 +355,7 @@ def _chain(
     parts = None if shortcut is None else _parts(shortcut)
     if parts is None:
         return chain(units, x, residual, shortcut=shortcut)
-    return chain(units, x, None if parts else residual, *parts)
+    return chain(units, x, None if parts else residual, parts[0] if parts else None)
 
 
 def chain(

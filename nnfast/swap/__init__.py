@@ -38,7 +38,7 @@ def swap(model: nn.Module) -> Report:
     Convolution -> batch norm (-> sum) -> activation runs as one in any nn.Sequential without a forward of its
     own, in timm's BatchNormAct2d, and in user-written and library blocks whose forward is only calls of their
     children and of torch's functions; what runs as one is decided at each call, from the modules as they are.
-    Such a module's class becomes a subclass of its own, `restore` before pickling for somebody without nnfast.
+    Such a module's class becomes a subclass of it.
 
     Replaced are `nn.SiLU` and `nn.Mish`, timm's and transformers' own, user-written classes whose forward is
     exactly `x * torch.sigmoid(x)` or `x * torch.tanh(F.softplus(x))` in any spelling, and the functions

@@ -235,7 +235,9 @@ def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tup
         add = chain.add
         block = [*units, _unit(chain.conv, chain.norm, chain.act)]
         if add.x is x and (found := _projection(add, block, x)) is not None:
-            return blocks.chain(block, x, None if found else x, *found), at + chain.length
+            return blocks.chain(
+                block, x, None if found else x, found[0] if found else None
+            ), at + chain.length
         if not units:
             return _run_chain(chain, x, items[at + chain.length - 1]), at + chain.length
     return blocks.chain(units, x), at
