@@ -365,7 +365,7 @@ def chain(
     projection: Unit | None = None,
     shortcut: nn.Module | None = None,
 ) -> Tensor:
-    """The units one after another; the last adds residual, projection(x) or shortcut(x) before its activation.
+    """The units one after another; the last adds residual, projection(x) or shortcut(x), then activates.
 
     x is an ordinary tensor; the projection's activation is the identity.
     """

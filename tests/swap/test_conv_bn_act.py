@@ -268,15 +268,17 @@ def _projections(model):
 
 
 def test_residual_blocks_run_as_one(monkeypatch):
-    seen = []
-    whole = blocks.chain
-    monkeypatch.setattr(
-        blocks, "chain", lambda units, x, *a: seen.append((len(units), len(a))) or whole(units, x, *a)
-    )
+    seen, whole = [], blocks.chain
+
+    def spy(units, x, residual=None, projection=None):
+        seen.append((len(units), residual is x, projection is not None))
+        return whole(units, x, residual, projection)
+
+    monkeypatch.setattr(blocks, "chain", spy)
     model, x = sample("seed")
     nnfast.swap(model)
     model.eval()(x)
-    assert seen == [(2, 2), (2, 1)]  # with a projection, with the input
+    assert seen == [(2, False, True), (2, True, False)]
 
 
 # Swapped and back
