@@ -355,7 +355,7 @@ def _chain(
     parts = None if shortcut is None else _parts(shortcut)
     if parts is None:
         return chain(units, x, residual, shortcut=shortcut)
-    return chain(units, x, None if parts else residual, *parts)
+    return chain(units, x, None if parts else residual, parts[0] if parts else None)
 
 
 def chain(
@@ -365,7 +365,7 @@ def chain(
     projection: Unit | None = None,
     shortcut: nn.Module | None = None,
 ) -> Tensor:
-    """The units one after another; the last adds residual, projection(x) or shortcut(x) before its activation.
+    """The units one after another; the last adds residual, projection(x) or shortcut(x), then activates.
 
     x is an ordinary tensor; the projection's activation is the identity.
     """

@@ -37,6 +37,11 @@ _RECORD = "_nnfast_swapped"
 def swap(model: nn.Module) -> Report:
     """Give every module of `model` that nnfast can serve its nnfast class, in place.
 
+    Convolution -> batch norm (-> sum) -> activation runs as one in any nn.Sequential without a forward of its
+    own, in timm's BatchNormAct2d, and in user-written and library blocks whose forward is only calls of their
+    children and of torch's functions; what runs as one is decided at each call, from the modules as they are.
+    Such a module's class becomes a subclass of it.
+
     Replaced are `nn.SiLU` and `nn.Mish`, timm's and transformers' own, user-written classes whose forward is
     exactly `x * torch.sigmoid(x)` or `x * torch.tanh(F.softplus(x))` in any spelling, and the functions
     `F.silu` and `F.mish` where a module holds them as attributes; user-written focal losses whose forward is

@@ -33,7 +33,9 @@ ACTIVATIONS: dict[type, tuple[str, float]] = {
 """Name and slope of what a pass can end with; nn.LeakyReLU brings its own slope."""
 
 ACTIVATION_FUNCTIONS = {
-    **dict.fromkeys(("torch.relu", "torch.relu_", "F.relu", "F.relu_", "Tensor.relu", "Tensor.relu_"), "relu"),
+    **dict.fromkeys(
+        ("torch.relu", "torch.relu_", "F.relu", "F.relu_", "Tensor.relu", "Tensor.relu_"), "relu"
+    ),
     **{"F.leaky_relu": "leaky_relu", "F.silu": "silu", "F.mish": "mish"},
 }
 """The same for functions, by the names that `read` gives them."""
@@ -194,7 +196,7 @@ def eager(x: object) -> bool:
         and x.dim() == 4
         and x.device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not transformed()
         and not torch_module._has_any_global_hook()
     )
@@ -222,7 +224,7 @@ def run(items: list[Any], x: Any) -> Any:
 
 
 def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tuple[Tensor, int]:
-    """Chains that follow each other, up to the sum that makes them a residual block; where the list goes on."""
+    """Chains that follow each other, up to the sum that makes them a residual block; where to go on."""
     units: list[Unit] = []
     chain: Chain | None = first
     while chain is not None and chain.conv is not None and chain.add is None:
@@ -233,7 +235,9 @@ def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tup
         add = chain.add
         block = [*units, _unit(chain.conv, chain.norm, chain.act)]
         if add.x is x and (found := _projection(add, block, x)) is not None:
-            return blocks.chain(block, x, None if found else x, *found), at + chain.length
+            return blocks.chain(
+                block, x, None if found else x, found[0] if found else None
+            ), at + chain.length
         if not units:
             return _run_chain(chain, x, items[at + chain.length - 1]), at + chain.length
     return blocks.chain(units, x), at
@@ -345,7 +349,9 @@ def normalised(
     if conv is None:
         if residual_conv is not None and residual is not None:
             residual, residual_norm = blocks.run(_unit(residual_conv, residual_norm), residual), None
-        return normalise(norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope)
+        return normalise(
+            norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope
+        )
     projection = None
     if residual is not None and residual_conv is not None:
         residual, projection = None, (_unit(residual_conv, residual_norm), residual)

@@ -1,9 +1,10 @@
-"""Convolution, batch norm, sum and activation in one: in nn.Sequential, and in blocks whose forward can be read."""
+"""Chains of convolution, batch norm, sum and activation: in nn.Sequential, and in readable forwards."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .chain import (
     subclass,
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
-from .read import Program, Unreadable, read
+from .read import Program, UnreadableError, read
 from .rule import Proposal, public_name
 
 _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.modules)
@@ -42,11 +43,13 @@ def modules(module: nn.Module) -> list[Proposal]:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and getattr(type(module), "forward", None) is nn.Sequential.forward
+    return (
+        isinstance(module, nn.Sequential) and getattr(type(module), "forward", None) is nn.Sequential.forward
+    )
 
 
 def _norm_act(module: nn.Module) -> list[Proposal]:
-    """timm's BatchNormAct2d: also where nothing follows the batch norm, so that chains may begin before it."""
+    """timm's BatchNormAct2d: also where nothing follows the batch norm: a convolution may come before it."""
     return _proposals(module, {"__class__": FusedNorm}, _chains(norm_parts(module)) or ["bn"], [])
 
 
@@ -61,7 +64,7 @@ def _forward(module: nn.Module) -> list[Proposal]:
         return []
     try:
         program = read(module)
-    except Unreadable as error:
+    except UnreadableError as error:
         pairs = list(zip(module._modules.values(), list(module._modules.values())[1:], strict=False))
         alike = any(isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d) for a, b in pairs)
         reason = f"its forward is not only calls of its children and of torch's functions: {error}"
@@ -79,7 +82,9 @@ def _may_hold_chains(module: nn.Module) -> bool:
         return False
     forward = inspect.getattr_static(type(module), "forward", None)
     ours = str(getattr(forward, "__module__", "")).startswith(("torch.nn.modules.", "nnfast."))
-    return not ours and any(isinstance(each, nn.BatchNorm2d) for each in module.modules() if each is not module)
+    return not ours and any(
+        isinstance(each, nn.BatchNorm2d) for each in module.modules() if each is not module
+    )
 
 
 def _proposals(
@@ -190,7 +195,7 @@ def _parts(module: nn.Module) -> list[Any] | None:
         return None
     try:
         line = plan(read(module)).line
-    except Unreadable:
+    except UnreadableError:
         return None
     return items(line, module, _parts) if line else None
 
@@ -205,7 +210,7 @@ def _called(program: Program, module: nn.Module) -> list[tuple[str, Any]]:
 def _near_misses(called: list[tuple[str, Any]]) -> list[str]:
     """Why a convolution and a batch norm called one after another are not a chain."""
     reasons: list[str] = []
-    for (name, first), (next_name, second) in zip(called, called[1:], strict=False):
+    for (name, first), (next_name, second) in pairwise(called):
         if not (_is_a(first, _ConvNd, "conv") and _is_a(second, _NormBase, "norm")):
             continue
         for who, what, wanted in ((name, first, nn.Conv2d), (next_name, second, nn.BatchNorm2d)):

@@ -1,4 +1,4 @@
-"""What of a program can run as chains, and the classes that run it: of user-written blocks, of nn.Sequential."""
+"""What of a program can run as chains, and the classes that run it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _IN_PLACE = {"operator.iadd", "Tensor.add_"}
 
 
 class Plus(NamedTuple):
-    """In a line of steps: add what `line` makes of the value `source`. `first`: what came so far is on the left."""
+    """In a line: add what `line` makes of the value `source`. `first`: what came so far is on the left."""
 
     step: Step
     source: int
@@ -142,7 +142,12 @@ def _act(step: Step) -> tuple[str, float] | None:
 
 def _sum(step: Step) -> tuple[int, int] | None:
     args = step.args
-    if step.function in _ADDS and len(args) == 2 and not step.kwargs and all(isinstance(a, Ref) for a in args):
+    if (
+        step.function in _ADDS
+        and len(args) == 2
+        and not step.kwargs
+        and all(isinstance(a, Ref) for a in args)
+    ):
         return args[0].index, args[1].index
     return None
 
@@ -234,7 +239,9 @@ def execute(plan: Plan, module: nn.Module, x: Any) -> Any:
             result = _call(part.step, module, values)
         else:
             line = flatten(items(part.line, module, parts, values), parts)
-            last = part.source in drops and not any(part.source == s.source for s in part.line if type(s) is Plus)
+            last = part.source in drops and not any(
+                part.source == s.source for s in part.line if type(s) is Plus
+            )
             result = run(line, values.pop(part.source) if last else values[part.source])
             del line
         for index in drops:
@@ -257,7 +264,9 @@ def items(
             branch = flatten(items(each.line, module, parts, values), parts)
             writes = each.step.function in _IN_PLACE
             x = values[each.source] if values is not None else None
-            found.append(Add(x, branch, partial(_plus, each), writes and each.first, writes and not each.first))
+            found.append(
+                Add(x, branch, partial(_plus, each), writes and each.first, writes and not each.first)
+            )
         elif each.child:
             found.append(child(module, each.child))
         else:

@@ -47,7 +47,7 @@ class Program:
     answers: dict[str, Any]
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Why a forward cannot be read."""
 
 
@@ -55,20 +55,20 @@ def read(module: nn.Module) -> Program:
     """The program of a module's forward, called with one input.
 
     Raises:
-        Unreadable: if it does more, or other things, than a program can say.
+        UnreadableError: if it does more, or other things, than a program can say.
     """
     reader = _Reader(module)
     try:
         forward = inspect.getattr_static(type(module), "forward", None)
         if not isinstance(forward, FunctionType):
-            raise Unreadable("its class's forward is not a plain function")
+            raise UnreadableError("its class's forward is not a plain function")
         _check_signature(forward)
         result = reader.sandboxed(forward, (reader.itself,))(reader.symbol(0))
         output = _refs(result)
     except Exception as error:
-        reader.refused.append(str(error) if isinstance(error, Unreadable) else f"it raises {error!r}")
+        reader.refused.append(str(error) if isinstance(error, UnreadableError) else f"it raises {error!r}")
     if reader.refused:
-        raise Unreadable(reader.refused[0])
+        raise UnreadableError(reader.refused[0])
     return Program(tuple(reader.steps), output, reader.answers)
 
 
@@ -104,11 +104,15 @@ def known_function(value: Any) -> str:
     for space in ("torch", "F", "special"):
         if name and getattr(_SPACES[space], name, None) is value:
             return f"{space}.{name}"
-    return _made_in_F().get(value, "") if home.startswith("torch.") and isinstance(value, FunctionType) else ""
+    return (
+        _made_by_functions().get(value, "")
+        if home.startswith("torch.") and isinstance(value, FunctionType)
+        else ""
+    )
 
 
 @cache
-def _made_in_F() -> dict[Any, str]:
+def _made_by_functions() -> dict[Any, str]:
     """max_pool2d and its like, which are made by a function and know no name."""
     return {value: f"F.{name}" for name, value in vars(F).items() if isinstance(value, FunctionType)}
 
@@ -131,10 +135,10 @@ _CATCHES = {"SETUP_FINALLY", "SETUP_WITH", "PUSH_EXC_INFO", "BEFORE_WITH", "WITH
 def _check_signature(forward: FunctionType) -> None:
     first, *others = list(inspect.signature(forward).parameters.values())[1:] or [None]
     if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        raise Unreadable("forward takes no input")
+        raise UnreadableError("forward takes no input")
     for parameter in others:
         if parameter.default is parameter.empty:
-            raise Unreadable(f"forward needs more than one input: {parameter.name}")
+            raise UnreadableError(f"forward needs more than one input: {parameter.name}")
 
 
 def _refs(value: Any) -> Any:
@@ -147,7 +151,7 @@ def _refs(value: Any) -> Any:
         return slice(*map(_refs, (value.start, value.stop, value.step)))
     if isinstance(value, _CONSTANTS) or value is Ellipsis:
         return value
-    raise Unreadable(f"it passes on {_called(value)}")
+    raise UnreadableError(f"it passes on {_called(value)}")
 
 
 def _called(value: Any) -> str:
@@ -172,7 +176,7 @@ class _Reader:
 
     def refuse(self, why: str) -> Any:
         self.refused.append(why)  # whoever catches the error does not get away with it
-        raise Unreadable(why)
+        raise UnreadableError(why)
 
     def symbol(self, index: int) -> _Symbol:
         return _Symbol(self, index)
@@ -204,7 +208,11 @@ class _Reader:
             return None if child is None else _Child(self, (name,), child)
         for what in (module._parameters, module._buffers):
             if name in what:
-                return None if what[name] is None else self.refuse(f"it uses its {type(what[name]).__name__} {name}")
+                return (
+                    None
+                    if what[name] is None
+                    else self.refuse(f"it uses its {type(what[name]).__name__} {name}")
+                )
         value = inspect.getattr_static(type(module), name, _NOTHING)
         if value is _NOTHING:
             raise AttributeError(name)
@@ -237,7 +245,9 @@ class _Reader:
         for instruction in dis.get_instructions(code):
             what = instruction.opname
             if what in _WRITES:
-                self.refuse(f"{name} sets {instruction.argval}" if "IMPORT" not in what else f"{name} imports")
+                self.refuse(
+                    f"{name} sets {instruction.argval}" if "IMPORT" not in what else f"{name} imports"
+                )
             if what in _CATCHES:
                 self.refuse(f"{name} has a try or a with")
             if what == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
@@ -273,7 +283,9 @@ class _Reader:
         return getattr(thing, name, *default)
 
     def len(self, thing: Any) -> int:
-        return len(thing) if type(thing) in (_Child, list, tuple, dict) else self.refuse("it asks for a length")
+        return (
+            len(thing) if type(thing) in (_Child, list, tuple, dict) else self.refuse("it asks for a length")
+        )
 
 
 class _Itself:
@@ -296,7 +308,9 @@ class _Stranger:
         return self._reader.refuse(f"it uses {self._name}")
 
     __call__ = __bool__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = _no
-    __ge__ = __hash__ = __str__ = __format__ = __index__ = __int__ = __float__ = __getitem__ = __setitem__ = _no
+    __ge__ = __hash__ = __str__ = __format__ = __index__ = __int__ = __float__ = __getitem__ = __setitem__ = (
+        _no
+    )
     __enter__ = __exit__ = __next__ = _no
 
 
@@ -335,7 +349,7 @@ class _Library(_Stranger):
         value = getattr(self._library, name, None)
         if isinstance(value, ModuleType):
             return _Library(self._reader, f"{self._name}.{name}", value)
-        if value in (torch.jit.is_scripting, torch.jit.is_tracing):
+        if value in (torch.jit.is_scripting, torch.jit.is_tracing):  # type: ignore[attr-defined]
             return lambda: False
         if isinstance(value, (torch.dtype, torch.memory_format)):
             return value
@@ -424,7 +438,9 @@ def _operators() -> None:
         setattr(_Symbol, f"__i{name}__", of(f"i{name}"))
     for name in ("neg", "abs", "getitem"):
         setattr(_Symbol, f"__{name}__", of(name))
-    refused = "setitem bool len iter int float index contains str repr format eq ne lt le gt ge hash enter exit"
+    refused = (
+        "setitem bool len iter int float index contains str repr format eq ne lt le gt ge hash enter exit"
+    )
     for name in refused.split():
         setattr(_Symbol, f"__{name}__", no(name))
 

@@ -1,4 +1,4 @@
-"""timm's own: activations as get_act_layer hands them out, and BatchNormAct2d, a batch norm with an activation."""
+"""timm's own: activations as get_act_layer hands them out, and BatchNormAct2d."""
 
 from __future__ import annotations
 
