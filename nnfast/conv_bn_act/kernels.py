@@ -168,14 +168,14 @@ def statistics_kernel(
         memory_row = row if INNERMOST else row * channels + channel
         x = wide(tl.load(x_ptr + memory_row[:, None] * columns + column[None, :], mask=inside, other=0.0))
         count += (row < last)[:, None].to(dtype)
-        delta = tl.where(inside, x - mean, 0.0)
-        mean += delta / tl.maximum(count, 1.0)
+        delta = tl.where((row < last)[:, None], x - mean, 0.0)  # columns outside stay 0
+        mean += delta * (1.0 / tl.maximum(count, 1.0))
         squares += delta * (x - mean)
     counts = tl.where(within, count, 0.0)
     total = _sum(counts, INNERMOST)
     of_channel = _sum(counts * mean, INNERMOST) / tl.maximum(total, 1.0)
     apart = mean - of_channel[None, :]
-    squares = _sum(tl.where(within, squares + counts * apart * apart, 0.0), INNERMOST)
+    squares = _sum(squares + counts * apart * apart, INNERMOST)
     known = channel < channels
     out_ptr = partial_ptr + partial * channels + channel
     tl.store(out_ptr, total, mask=known)

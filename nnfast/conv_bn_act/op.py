@@ -468,6 +468,8 @@ def run(
         return _forward(kernels, x, norm, residual, residual_norm, act, slope)[0]
     options = (norm, residual_norm, act, slope, kernels)
     if is_compiling():  # which knows no function that changes running statistics
+        if residual is x:  # nor one with a tensor twice
+            tensors = (*tensors[:4], x.view_as(x), *of_residual)
         with torch.no_grad():
             moments = _moments(kernels, x, residual, norm, residual_norm)
         return _BatchNormAct.apply(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]

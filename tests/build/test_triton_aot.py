@@ -66,11 +66,16 @@ def test_offsets_have_64_bits(reports):
 
 
 def test_accesses_are_16_bytes_wide(reports):
-    """Save float64 on AMD, whose 64 lanes take 8 bytes each, still whole lines. Reductions store little."""
+    """Save float64 and batch norms on AMD, whose 64 lanes take 8 bytes each, still whole lines.
+
+    Reductions store little.
+    """
     elsewhere = (
         "softmax",
         "sigmoid",
         *(f"batch_norm {n}" for n in ("statistics", "sums", "merge", "update")),
     )
     narrow = [r for r in reports if not r["wide"] and not r["case"].startswith(elsewhere)]
-    assert [r for r in narrow if (r["target"], r["case"].split()[-1]) != ("gfx942", "fp64")] == []
+    on_amd = [r for r in narrow if r["target"] == "gfx942"]
+    assert [r for r in narrow if r not in on_amd] == []
+    assert [r for r in on_amd if not r["case"].endswith("fp64") and "batch_norm" not in r["case"]] == []

@@ -202,7 +202,10 @@ def _machine_code(compiled: Any) -> dict[str, Any]:
         text = compiled.asm["amdgcn"]
         return {
             "registers": int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0]),
-            "spills": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))),
+            # scalar registers are spilt to lanes of vector registers: memory is private_segment
+            "spills": sum(
+                map(int, re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
+            ),
             "shared": compiled.metadata.shared,
             "wide": "global_load_dwordx4" in text and "global_store_dwordx4" in text,
         }

@@ -688,6 +688,21 @@ def test_compile_lowers_to_torchs_operators(training):
     assert not any("nnfast" in str(target) for target in called)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compile_a_forced_backend(backend, training):
+    """Our own operators are in the graph, and running statistics change as without it."""
+    torch._dynamo.reset()
+    bn = nnfast.BatchNormAct2d(4).train(training)
+    twin = copy.deepcopy(bn)
+    x = torch.randn(3, 4, 2, 5, requires_grad=True)
+    y = torch.compile(bn, fullgraph=True, backend="aot_eager")(x, x)
+    truth = twin(x, x)
+    assert_close(y, truth)
+    grad = torch.randn_like(y)
+    assert_close(*(torch.autograd.grad(t, x, grad)[0] for t in (y, truth)), atol=2e-5, rtol=2e-5)
+    assert_close(bn.state_dict(), twin.state_dict())
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export_needs_no_nnfast(strict):
     bn = nnfast.BatchNormAct2d(4).eval()
