@@ -362,13 +362,13 @@ def _batch_norm(variant: str, training: bool, residual: str, act: int) -> Case:
             "batch_norm_act_backward": backward_operands,
         },
         samples=_BATCH_NORM_SAMPLES,
+        example=Sample("small", lambda: torch.randn(4, 3, 2)),
         family="conv_bn_act",
         shaped=lambda x: x[: len(x) // 21 * 21].view(7, 3, -1),
     )
 
 
 _BATCH_NORM_SAMPLES = (
-    Sample("small", lambda: torch.randn(4, 3, 2), measured=False),
     Sample("body", lambda: torch.randn(7, 11, 13) * 4 + 1),
     Sample("images", lambda: torch.randn(5, 6, 9, 7)),
     Sample(

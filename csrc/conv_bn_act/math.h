@@ -70,14 +70,15 @@ struct Norm {
   const Compute *mean, *var, *weight, *bias;
   Compute eps;
 
-  NNFAST_INLINE Compute inv_std(int64_t c) const {
+  // The host has time to round once, as torch does there; a kernel's every thread would pay for it.
 #if defined(__CUDA_ARCH__)
-    return 1 / ::sqrt(var[c] + eps);
+  using Exact = Compute;
+  NNFAST_INLINE Exact inv_std(int64_t c) const { return 1 / ::sqrt(var[c] + eps); }
 #else
-    return 1 / std::sqrt(var[c] + eps);
+  using Exact = double;
+  NNFAST_INLINE Exact inv_std(int64_t c) const { return 1 / std::sqrt(Exact(var[c]) + eps); }
 #endif
-  }
-  NNFAST_INLINE Compute scale(int64_t c) const { return weight ? inv_std(c) * weight[c] : inv_std(c); }
+  NNFAST_INLINE Exact scale(int64_t c) const { return weight ? inv_std(c) * weight[c] : inv_std(c); }
   NNFAST_INLINE Compute shift(int64_t c) const { return bias ? bias[c] : Compute(0); }
 };
 
@@ -94,7 +95,7 @@ struct Affine {
 
   NNFAST_INLINE Affine(Compute mean, Compute scale, Compute shift) : mean(mean), scale(scale), shift(shift) {}
   NNFAST_INLINE Affine(const Norm<Compute>& norm, int64_t c)
-      : mean(norm.mean[c]), scale(norm.scale(c)), shift(norm.shift(c)) {}
+      : mean(norm.mean[c]), scale(Compute(norm.scale(c))), shift(norm.shift(c)) {}
 };
 
 // dx = scale * dz + slope * (x - mean) + offset
@@ -105,9 +106,9 @@ struct Gradient {
   Gradient() = default;
   NNFAST_INLINE Gradient(const Norm<Compute>& norm, const Sums<Compute>& sums, Compute count, int64_t c) {
     if (!sums.dz) return;
-    const Compute inv_std = norm.inv_std(c), factor = -norm.scale(c) / count;
-    slope = factor * inv_std * sums.dz_xhat[c];
-    offset = factor * sums.dz[c];
+    const auto inv_std = norm.inv_std(c), factor = -norm.scale(c) / count;
+    slope = Compute(factor * inv_std * sums.dz_xhat[c]);
+    offset = Compute(factor * sums.dz[c]);
   }
 };
 
