@@ -462,6 +462,8 @@ def _run(
 
     via: where the block runs in channels_last, its contiguous input and that in channels_last.
     """
+    if unit.bn.training:
+        fold.forget(unit.conv, unit.bn)
     known = _known(unit)
     act, slope = known or ("identity", 0.01)
     if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):
