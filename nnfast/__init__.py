@@ -3,7 +3,7 @@
 from . import functional
 from .activation.module import Mish, SiLU, Swish
 from .conv_bn_act.blocks import BasicBlock, Bottleneck, ConvBNAct, ResidualBlock
-from .conv_bn_act.module import BatchNormAct2d
+from .conv_bn_act.module import BatchNormAct2d, convert_sync_batchnorm
 from .core.op import BackendError, Explanation, backend, explain
 from .focal_loss.module import FocalLoss, SigmoidFocalLoss, class_balanced_alpha
 from .swap import restore, swap
@@ -25,6 +25,7 @@ __all__ = [
     "Swish",
     "backend",
     "class_balanced_alpha",
+    "convert_sync_batchnorm",
     "explain",
     "functional",
     "restore",

@@ -55,14 +55,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     table = [c for c in TABLE if needed <= c.traits and (not families or c.family in families)]
     if "run" in names:
         rows = [
-            pytest.param(case, run, id=f"{case.name}-{run}")
+            pytest.param(case, run, id=f"{case.label}-{run}")
             for case in table
             for device in DEVICES
             for run in runs(case, device)
         ]
         metafunc.parametrize(("case", "run"), rows)
     elif "case" in names:
-        metafunc.parametrize("case", table, ids=lambda case: case.name)
+        metafunc.parametrize("case", table, ids=lambda case: case.label)
     if "dtype" in names:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
     if "device" in names:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import nnfast
 from nnfast.activation import reference
+from nnfast.conv_bn_act import op as batch_norm
+from nnfast.conv_bn_act import reference as batch_norm_reference
 from nnfast.focal_loss import reference as focal_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,6 +57,7 @@ class Sample:
 TRAITS = {
     "inplace": "takes inplace=True",
     "elementwise": "any shape, laid out as the input",
+    "transforms": "serves under torch.func's transforms and forward-mode differentiation",
     "builtin": "torch has it as one function and one module, which it stands in for",
 }
 
@@ -78,8 +81,17 @@ class Case:
     flops: dict[str, int] = field(default_factory=dict)
     """Floating-point operations of an element, exponential and division counted as one each."""
     family: str = "activation"
+    variant: str = ""
+    """Which way of calling the operation, where there are several rows of it."""
+    shaped: Callable[[Tensor], Tensor] = lambda x: x
+    """A vector in a shape that the operation takes, less some elements at its end."""
     traits: frozenset[str] = frozenset()
     """What holds of it, of `TRAITS`; a test of a trait runs for the rows that have it."""
+
+    @property
+    def label(self) -> str:
+        """Name and variant."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def bytes_moved(self, direction: str, x: Tensor) -> int:
         """Bytes that any implementation must move through memory for x: inputs once, outputs once."""
@@ -199,6 +211,7 @@ _FOCAL = (
         },
         samples=_FOCAL_SAMPLES[:3] + (Sample("few", lambda: torch.randn(50, 3) / 4, "relative"),),
         family="focal_loss",
+        traits=frozenset({"transforms"}),
     ),
     Case(
         name="sigmoid_focal_loss",
@@ -214,12 +227,121 @@ _FOCAL = (
         },
         samples=_FOCAL_SAMPLES,
         family="focal_loss",
-        traits=frozenset({"elementwise"}),
+        traits=frozenset({"elementwise", "transforms"}),
     ),
+)
+
+
+def _channel_values(x: Tensor, start: int, steps: int) -> Tensor:
+    """A value for every channel, exact in every dtype: start / 4, and so on in steps of 1 / 4."""
+    values = (torch.arange(x.shape[1], device=x.device) % steps + start) / 4
+    return values.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+
+
+def batch_norm_of(x: Tensor, training: bool, first: int = 3) -> batch_norm.Norm:
+    """A batch norm with weights and running statistics made for x; in training nothing is updated."""
+    running = (None, None) if training else (_channel_values(x, -2, 5), _channel_values(x, 3, 3))
+    weight, bias = _channel_values(x, first, 4), _channel_values(x, -1, 4)
+    return batch_norm.Norm(weight, bias, *running, training, 0.1, 1e-5)
+
+
+def _batch_norm(variant: str, training: bool, residual: str, act: int) -> Case:
+    def arguments(x: Tensor) -> tuple[Any, ...]:
+        other = x.flip(0) * 0.5 if residual else None
+        other_norm = batch_norm_of(x, training, 2) if residual == "norm" else None
+        return batch_norm_of(x, training), other, other_norm
+
+    def ours(x: Tensor) -> Tensor:
+        norms = arguments(x)
+        batch_norm.check(x, *norms)
+        return batch_norm.batch_norm_act(x, *norms, act, 0.125)
+
+    def torchs(x: Tensor) -> Tensor:
+        def normalised(x: Tensor, norm: batch_norm.Norm) -> Tensor:
+            parameters = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            return F.batch_norm(x, *parameters, norm.batch, norm.momentum, norm.eps)
+
+        norm, other, other_norm = arguments(x)
+        z = normalised(x, norm)
+        if other is not None:
+            z = z + (other if other_norm is None else normalised(other, other_norm))
+        acts = (lambda z: z, F.relu, lambda z: F.leaky_relu(z, 0.125), F.silu, F.mish)
+        return acts[act](z)
+
+    def operands(x: Tensor) -> tuple[Any, ...]:
+        """What the operators take from x to residual_eps."""
+        norm, other, other_norm = arguments(x)
+        mean, var = batch_norm_reference.statistics(x)
+        own = (x, mean, var, norm.weight, norm.bias, norm.eps, other)
+        if other_norm is None:
+            return *own, None, None, None, None, 0.0
+        moments = batch_norm_reference.statistics(other)
+        return *own, *moments, other_norm.weight, other_norm.bias, other_norm.eps
+
+    with_mask = residual == "plain" and act in (1, 2)
+
+    def gradient_operands(x: Tensor) -> tuple[Any, ...]:
+        given = operands(x)
+        mask = batch_norm_reference.forward(*given, act, 0.125, True)[1] if with_mask else None
+        return torch.randn_like(x), *given, mask, act, 0.125
+
+    def backward_operands(x: Tensor) -> tuple[Any, ...]:
+        given = gradient_operands(x)
+        if not training:
+            return *given, None, None, None, 1.0
+        sums = batch_norm_reference.sums(*given, False)[:3]
+        of_residual = sums[2] if residual == "norm" else None
+        return *given, *sums[:2], of_residual, float(x.numel() / x.shape[1])
+
+    def running(x: Tensor) -> tuple[Any, ...]:
+        moments = batch_norm_reference.statistics(x)
+        return *(torch.zeros_like(m) for m in moments), *moments, _channel_values(x, 1, 3), 1.25, 0.125
+
+    return Case(
+        name="batch_norm_act",
+        variant=variant,
+        ours=ours,
+        torchs=torchs,
+        module=nnfast.BatchNormAct2d,
+        torch_module=torch.nn.BatchNorm2d,
+        seed=torchs,
+        truth=torchs,
+        operators={
+            "batch_norm_stats": lambda x: (x,),
+            "batch_norm_update_": running,
+            "batch_norm_act": lambda x: (*operands(x), act, 0.125, with_mask),
+            "batch_norm_act_sums": lambda x: (*gradient_operands(x), residual == "plain"),
+            "batch_norm_act_backward": backward_operands,
+        },
+        samples=_BATCH_NORM_SAMPLES,
+        family="conv_bn_act",
+        shaped=lambda x: x[: len(x) // 21 * 21].view(7, 3, -1),
+    )
+
+
+_BATCH_NORM_SAMPLES = (
+    Sample("small", lambda: torch.randn(4, 3, 2), measured=False),
+    Sample("body", lambda: torch.randn(7, 11, 13) * 4 + 1),
+    Sample("images", lambda: torch.randn(5, 6, 9, 7)),
+    Sample(
+        "channels last",
+        lambda: torch.randn(5, 19, 6, 7).contiguous(memory_format=torch.channels_last) - 2,
+    ),
+    Sample("rows", lambda: torch.randn(130, 33) * 0.1),
+    Sample("far from zero", lambda: torch.randn(64, 5, 8) + 6),
+)
+
+_BATCH_NORM = (
+    _batch_norm("training-relu", training=True, residual="", act=1),
+    _batch_norm("training-residual-leaky_relu", training=True, residual="plain", act=2),
+    _batch_norm("training-residual-norm-mish", training=True, residual="norm", act=4),
+    _batch_norm("eval-residual-silu", training=False, residual="plain", act=3),
+    _batch_norm("eval-residual-norm-relu", training=False, residual="norm", act=1),
 )
 
 TABLE = (
     _activation("silu", nnfast.SiLU, torch.nn.SiLU, _seed_silu, {"forward": 4, "backward": 8}),
     _activation("mish", nnfast.Mish, torch.nn.Mish, _seed_mish, {"forward": 8, "backward": 14}),
     *_FOCAL,
+    *_BATCH_NORM,
 )

@@ -1,11 +1,12 @@
 // Batch norm, residual and activation on the CPU. One engine walks over stretches of memory in which the
-// channel repeats with a period of whole vectors: rows of channels where they are innermost, else a plane of one
-// channel. What is done to a vector is a Body.
+// channel repeats with a period of whole vectors: rows of channels where they are innermost, else a plane of
+// one channel. What is done to a vector is a Body.
+#include "common/cpu.h"
+
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "common/cpu.h"
 #include "conv_bn_act/ops.h"
 
 namespace nnfast::cpu {
@@ -34,16 +35,17 @@ struct LaneBits {
   using Mask = decltype(V{} > V{});
   static constexpr int parts = P::parts, lanes = P::lanes;
 
-  static NNFAST_INLINE Mask spread(uint32_t bits, int part) {
+  // Not 0 in the lanes whose bit is set. Bits, since GCC takes a Mask apart that crosses a branch.
+  static NNFAST_INLINE Bits spread(uint32_t bits, int part) {
     Bits lane_bit;
     for (int i = 0; i < lanes / parts; ++i) lane_bit[i] = 1u << (i * parts + part);
-    return ((Bits{} + bits) & lane_bit) != 0;
+    return (Bits{} + bits) & lane_bit;
   }
 
   static NNFAST_INLINE uint32_t gather(const Mask (&mask)[parts]) {
     if constexpr (bytes == 64 && parts == 2) {
-      const Bits both = (__builtin_bit_cast(Bits, mask[0]) & 0xffffu) |
-                        (__builtin_bit_cast(Bits, mask[1]) & 0xffff0000u);
+      const Bits both =
+          (__builtin_bit_cast(Bits, mask[0]) & 0xffffu) | (__builtin_bit_cast(Bits, mask[1]) & 0xffff0000u);
       uint32_t bits;
       asm("vpmovw2m %1, %0" : "=k"(bits) : "v"(both));
       return bits;
@@ -95,7 +97,7 @@ struct LaneBits {
 // Walks over stretches. Body offers
 //   tables, inputs, outputs, sums   how many coefficients of a column, tensors read, written (or null), sums
 //   takes_bits, gives_bits          whether it may read a mask, and whether it may write one
-//   apply<Math>(in, column, open, out, term, gives)   on vectors; `gives` is what the mask is made of
+//   apply<Math>(in, column, open, out, term, z)   on vectors; the mask to write says where act.is_open(z)
 template <class Body, int bytes>
 struct Engine {
   using T = typename Body::Element;
@@ -113,9 +115,9 @@ struct Engine {
   const Body& body;
   const T* in[inputs];
   T* out[sinks];
-  int64_t width;           // columns: a multiple of `unit`
-  int64_t table_width;     // `width`, or `lanes` where all columns share their coefficients
-  const Compute* table;    // (tables, table_width), each Pack's columns in the order of its parts
+  int64_t width;             // columns: a multiple of `unit`
+  int64_t table_width;       // `width`, or `lanes` where all columns share their coefficients
+  const Compute* table;      // (tables, table_width), each Pack's columns in the order of its parts
   Compute* total = nullptr;  // (sums, width), likewise
 
   // Where column j of a table is.
@@ -126,7 +128,8 @@ struct Engine {
 
   // n elements from `first` on. Bit 0 of the masks is theirs. One body for all of them: every copy of it is
   // compiled for each instruction set.
-  NNFAST_INLINE void run(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out, bool stream) const {
+  NNFAST_INLINE void run(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out,
+                         bool stream) const {
     const int64_t whole = n / lanes * lanes;
     for (int64_t at = 0; at < whole;) {
       const int64_t rows = std::min<int64_t>(group, (whole - at) / width);
@@ -180,6 +183,7 @@ struct Engine {
     for (int k = 0; k < outputs; ++k) to[k] = again ? out[k] + first + i - again : padded[inputs + k];
     uint32_t open = 0;
     if (Body::takes_bits && bits) open = get(bits, i, count) << again;
+    if (Body::takes_bits && bits && again) open |= get(bits, i - lanes, lanes) >> count;
     const uint32_t keep = ((1u << count) - 1) << again;
     V sum[slots][parts] = {};
     const int64_t j = i % width;
@@ -197,18 +201,18 @@ struct Engine {
                              V (&sum)[slots][parts]) const {
     P packs[inputs], results[sinks];
     for (int k = 0; k < inputs; ++k) packs[k] = P::load(from[k]);
-    Mask gives[parts] = {};
+    V z[parts] = {};
     for (int part = 0; part < parts; ++part) {
       V x[inputs], c[tables], y[sinks] = {}, term[slots] = {};
       for (int k = 0; k < inputs; ++k) x[k] = packs[k].part[part];
       for (int k = 0; k < tables; ++k)
         std::memcpy(&c[k], columns + k * table_width + part * (lanes / parts), sizeof(V));
-      const Mask opened = Body::takes_bits ? LB::spread(open, part) : Mask{};
-      body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, gives[part]);
+      const auto opened = LB::spread(open, part);
+      body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, z[part]);
       for (int k = 0; k < outputs; ++k) results[k].part[part] = y[k];
       for (int s = 0; s < sums; ++s)
         if constexpr (partial)
-          sum[s][part] += LB::spread(keep, part) ? term[s] : V{};
+          sum[s][part] += LB::spread(keep, part) != 0 ? term[s] : V{};
         else
           sum[s][part] += term[s];
     }
@@ -222,7 +226,11 @@ struct Engine {
       results[k].template store<false>(to[k]);
     }
     if constexpr (Body::gives_bits)
-      if (bits_out) return LB::gather(gives);
+      if (bits_out) {
+        Mask open_z[parts];
+        for (int part = 0; part < parts; ++part) open_z[part] = body.act.is_open(z[part]);
+        return LB::gather(open_z);
+      }
     return 0;
   }
 
@@ -346,9 +354,8 @@ struct Worker {
   // The task's own coefficients, from channel `first` on.
   NNFAST_INLINE void fill(int64_t first) const {
     const int64_t channels = task.layout.channels;
-    fill([&](int k, int64_t c) __attribute__((always_inline)) {
-      return task.coefficients[k * channels + first + c];
-    });
+    fill([&](int k, int64_t c)
+             __attribute__((always_inline)) { return task.coefficients[k * channels + first + c]; });
   }
 
   NNFAST_INLINE void run(int64_t first, int64_t n, bool stream) const {
@@ -459,7 +466,8 @@ struct Reduce {
         accumulate(accumulate),
         pieces(task.layout.pixels),
         parts(parts),
-        planes(pieces.count > 1 ? 1 : std::max<int64_t>(1, piece / std::max<int64_t>(1, task.layout.pixels))) {}
+        planes(pieces.count > 1 ? 1
+                                : std::max<int64_t>(1, piece / std::max<int64_t>(1, task.layout.pixels))) {}
 
   static int64_t parts_of(const Layout& layout) {
     return std::clamp<int64_t>(layout.numel() / grain, 1, torch::stable::get_num_threads());
@@ -496,8 +504,7 @@ struct Reduce {
         const double count = double(n / worker.period * stretches);
         for (int pass = accumulate.start(worker, part, channel, count); pass > 0; --pass) {
           worker.clear();
-          for (int64_t k = 0; k < stretches; ++k)
-            worker.run(first + k * channels * layout.pixels, n, false);
+          for (int64_t k = 0; k < stretches; ++k) worker.run(first + k * channels * layout.pixels, n, false);
           worker.fold(sums.get());
           accumulate.finish(worker, part, channel, count, sums.get(), pass == 1);
         }
@@ -514,8 +521,8 @@ struct Moments {
   static constexpr int tables = 1, inputs = 1, outputs = 0, sums = 2;
   static constexpr bool takes_bits = false, gives_bits = false;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask, V*, V* term, Mask&) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open, V*, V* term, V&) const {
     const V d = in[0] - column[0];
     term[0] = d;
     term[1] = d * d;
@@ -541,10 +548,9 @@ struct Forward {
   static constexpr bool takes_bits = false, gives_bits = true;
   AnyActivation<typename Scalar<T>::Compute> act;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask, V* out, V*, Mask& gives) const {
-    const V z = z_of<residual>(in, column);
-    gives = act.is_open(z);
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open, V* out, V*, V& z) const {
+    z = z_of<residual>(in, column);
     out[0] = act.template forward<Math>(z);
   }
 };
@@ -558,8 +564,8 @@ struct Gradients {
   AnyActivation<typename Scalar<T>::Compute> act;
   bool masked;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE V dz(const V* in, const V* column, Mask open) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE V dz(const V* in, const V* column, Open open) const {
     if (masked) return act.gated(in[0], open);
     return act.template backward<Math>(in[0], z_of<residual>(in + 1, column));
   }
@@ -569,8 +575,8 @@ template <class T, bool residual>
 struct GradientSums : Gradients<T, residual> {
   static constexpr int tables = z_tables<residual>, outputs = 1, sums = 2 + residual;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask open, V* out, V* term, Mask&) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open open, V* out, V* term, V&) const {
     out[0] = term[0] = this->template dz<Math>(in, column, open);
     term[1] = term[0] * (in[1] - column[0]);
     if constexpr (residual) term[2] = term[0] * (in[2] - column[3]);
@@ -580,10 +586,11 @@ struct GradientSums : Gradients<T, residual> {
 // Coefficients: z's, then slope and offset of the gradient, then those of the residual's.
 template <class T, bool residual>
 struct Backward : Gradients<T, residual> {
-  static constexpr int first = z_tables<residual>, tables = residual ? 9 : 5, outputs = 1 + residual, sums = 0;
+  static constexpr int first = z_tables<residual>, tables = residual ? 9 : 5, outputs = 1 + residual,
+                       sums = 0;
 
-  template <class Math, class V, class Mask>
-  NNFAST_INLINE void apply(const V* in, const V* column, Mask open, V* out, V*, Mask&) const {
+  template <class Math, class V, class Open>
+  NNFAST_INLINE void apply(const V* in, const V* column, Open open, V* out, V*, V&) const {
     const V dz = this->template dz<Math>(in, column, open);
     out[0] = column[1] * dz + (column[first] * (in[1] - column[0]) + column[first + 1]);
     if constexpr (residual)
@@ -639,9 +646,8 @@ struct Statistics {
   template <class W>
   NNFAST_INLINE void fill(const W& worker, int64_t part, int64_t channel) const {
     const double* const means = mean + part * channels + channel;
-    worker.fill([&](int, int64_t c) __attribute__((always_inline)) {
-      return shift<typename W::Compute>(means[c]);
-    });
+    worker.fill([&](int, int64_t c)
+                    __attribute__((always_inline)) { return shift<typename W::Compute>(means[c]); });
   }
 };
 
@@ -721,7 +727,8 @@ struct BatchNormDevice {
         const Norm<Compute>& norm = s == 2 ? problem.residual_norm : problem.norm;
         for (int64_t c = 0; c < channels; ++c) {
           double total = 0;
-          for (int64_t part = 0; part < parts; ++part) total += totals[(part * Body::sums + s) * channels + c];
+          for (int64_t part = 0; part < parts; ++part)
+            total += totals[(part * Body::sums + s) * channels + c];
           out[s][c] = Compute(s == 0 ? total : total * norm.inv_std(c));
         }
       }
@@ -766,7 +773,8 @@ struct BatchNormDevice {
 
   // (tables, channels), what z needs filled in.
   template <class T>
-  static std::unique_ptr<ComputeOf<T>[]> coefficients_of(const Problem<T>& problem, int tables, bool residual) {
+  static std::unique_ptr<ComputeOf<T>[]> coefficients_of(const Problem<T>& problem, int tables,
+                                                         bool residual) {
     const int64_t channels = problem.layout.channels;
     std::unique_ptr<ComputeOf<T>[]> to(new ComputeOf<T>[tables * channels]);
     for (int64_t c = 0; c < channels; ++c) {

@@ -1,5 +1,5 @@
-// act(batch norm(x) [+ residual | + batch norm(residual)]), Ioffe and Szegedy 2015, and its gradients, for one
-// element. T is the type of the arithmetic, a scalar or (on the CPU) a vector of Compute.
+// act(batch norm(x) [+ residual | + batch norm(residual)]), Ioffe and Szegedy 2015, and its gradients, for
+// one element. T is the type of the arithmetic, a scalar or (on the CPU) a vector of Compute.
 #pragma once
 
 #include <cmath>
@@ -36,8 +36,9 @@ struct AnyActivation {
   NNFAST_INLINE T backward(T grad, T z) const {
     switch (which) {
       case Activation::relu:
+        return z <= T{} ? T{} : grad;
       case Activation::leaky_relu:
-        return gated(grad, is_open(z));
+        return z > T{} ? grad : grad * slope;
       case Activation::silu:
         return Silu::backward<Math>(grad, z);
       case Activation::mish:
@@ -52,17 +53,18 @@ struct AnyActivation {
 
   template <class T>
   NNFAST_INLINE auto is_open(T z) const {
-    return which == Activation::relu ? (z > T{}) | (z != z) : (z > T{}) | (z > T{});
+    return (z > T{}) | ((z != z) & -int(which == Activation::relu));
   }
 
   template <class T, class Open>
   NNFAST_INLINE T gated(T grad, Open open) const {
-    const T closed = which == Activation::relu ? T{} : grad * slope;
-    return open ? grad : closed;
+    if (which == Activation::relu) return open != 0 ? grad : T{};
+    return open != 0 ? grad : grad * slope;
   }
 };
 
-// A batch norm over `channels` channels: all (C,), weight and bias may be null; so is mean where there is none.
+// A batch norm over `channels` channels: all (C,), weight and bias may be null; so is mean where there is
+// none.
 template <class Compute>
 struct Norm {
   const Compute *mean, *var, *weight, *bias;
@@ -100,7 +102,7 @@ template <class Compute>
 struct Gradient {
   Compute slope = 0, offset = 0;
 
-  NNFAST_INLINE Gradient() = default;
+  Gradient() = default;
   NNFAST_INLINE Gradient(const Norm<Compute>& norm, const Sums<Compute>& sums, Compute count, int64_t c) {
     if (!sums.dz) return;
     const Compute inv_std = norm.inv_std(c), factor = -norm.scale(c) / count;

@@ -57,16 +57,21 @@ struct BatchNormAct {
   static void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
                      const Tensor& var, const Optional& offset, double correction, double momentum) {
     const ScalarType dtype = mean.scalar_type();
-    check(dtype == ScalarType::Float || dtype == ScalarType::Double, update_name, ": mean has dtype ",
-          describe(dtype), "; it takes Float or Double");
-    check(mean.dim() == 1 && mean.is_contiguous(), update_name, ": mean has shape ", describe(mean.sizes()),
-          "; it needs to be (C,) and contiguous");
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double)
+      fail(update_name, ": mean has dtype ", describe(dtype), "; it takes Float or Double");
+    if (mean.dim() != 1 || !mean.is_contiguous())
+      fail(update_name, ": mean has shape ", describe(mean.sizes()), "; it needs to be (C,) and contiguous");
     check_channels(update_name, "var", var, mean, mean.size(0), dtype);
     if (offset) check_channels(update_name, "offset", *offset, mean, mean.size(0), dtype);
-    check_channels(update_name, "running_mean", running_mean, mean, mean.size(0),
-                   running_mean.scalar_type());
+    check_channels(update_name, "running_mean", running_mean, mean, mean.size(0), running_mean.scalar_type());
     check_channels(update_name, "running_var", running_var, mean, mean.size(0), running_var.scalar_type());
-    for (const Tensor* running : {&running_mean, &running_var}) dispatch(update_name, *running, [](auto) {});
+    for (const Tensor* running : {&running_mean, &running_var}) {
+      const ScalarType type = running->scalar_type();
+      if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half &&
+          type != ScalarType::Double)
+        fail(update_name, ": running_mean and running_var take Float, Double, Half or BFloat16, got ",
+             describe(type));
+    }
     const auto update_one = [&](const Tensor& running, const Tensor& value, const Tensor* offset,
                                 double factor) {
       dispatch(update_name, running, [&](auto element) {
@@ -92,11 +97,11 @@ struct BatchNormAct {
                                             double slope, bool with_mask) {
     return dispatch(forward_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(forward_name, x, {mean, var, weight, bias, eps}, residual,
-                                   {residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
-                                   act, slope);
-      check(!with_mask || arguments.problem.act.has_gate(), forward_name, ": with_mask is for relu and leaky_relu, act is ",
-            act);
+      const Arguments<T> arguments(
+          forward_name, x, {mean, var, weight, bias, eps}, residual,
+          {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}, act, slope);
+      check(!with_mask || arguments.problem.act.has_gate(), forward_name,
+            ": with_mask is for relu and leaky_relu, act is ", act);
       const Layout& layout = arguments.problem.layout;
       Tensor y = new_like(arguments.x.tensor);
       Tensor mask = with_mask ? empty(x, {layout.rows(), layout.mask_bytes()}, ScalarType::Byte)
@@ -115,9 +120,9 @@ struct BatchNormAct {
       double residual_eps, const Optional& mask, int64_t act, double slope, bool with_dz) {
     return dispatch(sums_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(sums_name, x, {mean, var, weight, bias, eps}, residual,
-                                   {residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
-                                   act, slope);
+      const Arguments<T> arguments(
+          sums_name, x, {mean, var, weight, bias, eps}, residual,
+          {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}, act, slope);
       const Tensor upstream = arguments.x.like(sums_name, "grad", grad);
       const bool normed = arguments.problem.residual_norm.mean;
       Tensor sum_dz = channels<T>(x), sum_dz_xhat = channels<T>(x);
@@ -139,9 +144,9 @@ struct BatchNormAct {
       const Optional& sum_dz_xhat, const Optional& sum_dz_residual_xhat, double count) {
     return dispatch(backward_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(backward_name, x, {mean, var, weight, bias, eps}, residual,
-                                   {residual_mean, residual_var, residual_weight, residual_bias, residual_eps},
-                                   act, slope);
+      const Arguments<T> arguments(
+          backward_name, x, {mean, var, weight, bias, eps}, residual,
+          {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}, act, slope);
       const Problem<T>& problem = arguments.problem;
       const Tensor upstream = arguments.x.like(backward_name, "grad", grad);
       const bool normed = problem.residual_norm.mean;
@@ -275,8 +280,8 @@ struct BatchNormAct {
       problem.residual = nullptr;
       problem.act = {Activation(act), Compute<T>(slope)};
       problem.norm = checked(op, norm, {"mean", "var", "weight", "bias"});
-      problem.residual_norm = checked(
-          op, residual_norm, {"residual_mean", "residual_var", "residual_weight", "residual_bias"});
+      problem.residual_norm =
+          checked(op, residual_norm, {"residual_mean", "residual_var", "residual_weight", "residual_bias"});
       check(other || !residual_norm.mean, op, ": residual_mean needs a residual");
       if (!other) return;
       residual = x.like(op, "residual", *other);
@@ -290,7 +295,8 @@ struct BatchNormAct {
 
     const uint8_t* bits(const char* op, const Optional& mask) const {
       if (!mask) return nullptr;
-      check(problem.act.has_gate(), op, ": mask is for relu and leaky_relu, act is ", int64_t(problem.act.which));
+      check(problem.act.has_gate(), op, ": mask is for relu and leaky_relu, act is ",
+            int64_t(problem.act.which));
       if (mask->scalar_type() != ScalarType::Byte || mask->dim() != 2 || !mask->is_contiguous() ||
           mask->size(0) != x.layout.rows() || mask->size(1) != x.layout.mask_bytes())
         fail(op, ": mask has shape ", describe(mask->sizes()), " and dtype ", describe(mask->scalar_type()),

@@ -11,17 +11,20 @@ from ..core.tuning import pointwise_config
 
 @triton.jit
 def silu(x, PRECISE: tl.constexpr):
+    """x * sigmoid(x)."""
     return x / (1.0 + exp(-x, PRECISE))
 
 
 @triton.jit
 def silu_backward(grad, x, PRECISE: tl.constexpr):
+    """grad * silu'(x)."""
     s = 1.0 / (1.0 + exp(-x, PRECISE))
     return grad * (s * (1.0 + x * (1.0 - s)))
 
 
 @triton.jit
 def mish(x, PRECISE: tl.constexpr):
+    """x * tanh(softplus(x))."""
     # tanh(log(1 + n)) = w / (w + 2) with n = e**x, w = n * (n + 2); it is 1 beyond x = 20
     n = exp(tl.where(x > 20.0, 20.0, x), PRECISE)
     w = n * (n + 2.0)
@@ -30,6 +33,7 @@ def mish(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def mish_backward(grad, x, PRECISE: tl.constexpr):
+    """grad * mish'(x)."""
     c = tl.where(x > 20.0, 20.0, x)
     n = exp(c, PRECISE)
     w = n * (n + 2.0)

@@ -340,9 +340,6 @@ def conv_bn_act(
     )  # fmt: skip
 
 
-conv_bn_act.nnfast_op = "batch_norm_act"  # type: ignore[attr-defined]
-
-
 # --- a chain of units ---------------------------------------------------------------------------------------
 
 

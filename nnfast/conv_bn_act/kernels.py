@@ -1,8 +1,8 @@
 """Batch norm + residual + activation in Triton: statistics and sums over blocks of rows, elementwise passes.
 
-Memory is seen as rows: (N * S, C) where channels are innermost, else (N * C, S). A program of a reduction holds
-a tile of rows x columns, goes down the rows that are its own, and writes what it found for its channels, to be
-merged in a fixed order.
+Memory is seen as rows: (N * S, C) where channels are innermost, else (N * C, S). A program of a reduction
+holds a tile of rows x columns, goes down the rows that are its own, and writes what it found for its
+channels, to be merged in a fixed order.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _of_channels(ptr, channel, known, INNERMOST: tl.constexpr):
 
 @triton.jit
 def _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOST: tl.constexpr):
-    """mean, inv_std, scale and bias of channels: x_hat = (x - mean) * inv_std, z = (x - mean) * scale + bias."""
+    """mean, inv_std, scale, bias of channels: x_hat = (x - mean) * inv_std, z = (x - mean) * scale + bias."""
     mean = _of_channels(mean_ptr, channel, known, INNERMOST)
     var = _of_channels(var_ptr, channel, known, INNERMOST)
     inv_std = 1.0 / tl.sqrt(var + _scalar(eps, var.dtype))
@@ -113,7 +113,7 @@ def _dz(grad, z, mask_ptr, row, column, columns, inside, slope, ACT: tl.constexp
 
 @triton.jit
 def _reduced(columns, channels, INNERMOST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a reducing program: columns; channels (one alone if not innermost); its split; partials of a channel.
+    """Of a reducing program: columns, channels (one alone if not innermost), split, number of its partials.
 
     Programs are numbered by column block, then channel, then split.
     """
@@ -122,10 +122,12 @@ def _reduced(columns, channels, INNERMOST: tl.constexpr, COLUMNS: tl.constexpr):
     block = pid % blocks
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     if INNERMOST:
-        return column, column, pid // blocks, pid // blocks
-    channel = (pid // blocks) % channels + tl.arange(0, 1)
-    split = pid // (blocks * channels)
-    return column, channel, split, split * blocks + block
+        channel, split, partial = column, pid // blocks, pid // blocks
+    else:
+        channel = (pid // blocks) % channels + tl.arange(0, 1)
+        split = pid // (blocks * channels)
+        partial = split * blocks + block
+    return column, channel, split, partial
 
 
 @triton.jit
@@ -166,14 +168,14 @@ def statistics_kernel(
         memory_row = row if INNERMOST else row * channels + channel
         x = wide(tl.load(x_ptr + memory_row[:, None] * columns + column[None, :], mask=inside, other=0.0))
         count += (row < last)[:, None].to(dtype)
-        delta = tl.where(inside, x - mean, 0.0)
-        mean += delta / tl.maximum(count, 1.0)
+        delta = tl.where((row < last)[:, None], x - mean, 0.0)  # columns outside stay 0
+        mean += delta * (1.0 / tl.maximum(count, 1.0))
         squares += delta * (x - mean)
     counts = tl.where(within, count, 0.0)
     total = _sum(counts, INNERMOST)
     of_channel = _sum(counts * mean, INNERMOST) / tl.maximum(total, 1.0)
     apart = mean - of_channel[None, :]
-    squares = _sum(tl.where(within, squares + counts * apart * apart, 0.0), INNERMOST)
+    squares = _sum(squares + counts * apart * apart, INNERMOST)
     known = channel < channels
     out_ptr = partial_ptr + partial * channels + channel
     tl.store(out_ptr, total, mask=known)
@@ -583,15 +585,9 @@ def update_(
     momentum: float,
 ) -> None:
     """Running statistics, in place."""
-    channels = len(mean)
-    own = [t if t.is_contiguous() else t.contiguous() for t in (running_mean, running_var)]
+    arguments = (running_mean, running_var, mean, var, offset, correction, momentum, len(mean))
     with _device(mean):
-        update_kernel[(triton.cdiv(channels, 256),)](
-            *own, mean, var, offset, correction, momentum, channels, CHANNELS=256, num_warps=4
-        )
-    for given, written in zip((running_mean, running_var), own, strict=True):
-        if written is not given:
-            given.copy_(written)
+        update_kernel[(triton.cdiv(len(mean), 256),)](*arguments, CHANNELS=256, num_warps=4)
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

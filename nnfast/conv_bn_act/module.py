@@ -13,6 +13,9 @@ from torch.overrides import has_torch_function
 from .op import ACTIVATIONS, BATCH_NORM_ACT, NAME, Norm, check, recomputing
 from .op import batch_norm_act as _batch_norm_act
 
+WORLD = "world"
+"""As a process group: all processes."""
+
 
 def activation_code(name: object) -> int:
     """The operators' code of an activation's name."""
@@ -64,8 +67,31 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
+    parameters = (running_mean, running_var, weight, bias, training, momentum, eps)
+    return _run(*_arguments(input, *parameters, act=act, negative_slope=negative_slope, residual=residual))
+
+
+def _arguments(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """The operation's arguments, for `nnfast.explain`."""
     norm = Norm(weight, bias, running_mean, running_var, training, momentum, eps)
-    return _run(input, norm, residual, None, activation_code(act), negative_slope)
+    return input, norm, residual, None, activation_code(act), negative_slope
+
+
+batch_norm_act.nnfast_op = NAME  # type: ignore[attr-defined]
+BATCH_NORM_ACT.arguments = _arguments
 
 
 def _run(
@@ -89,7 +115,8 @@ def _group(bn: _BatchNorm) -> Any:
     group: Any = None
     shares = isinstance(bn, nn.SyncBatchNorm) or getattr(bn, "process_group", None) is not None
     if shares and bn.training and dist.is_available() and dist.is_initialized():
-        group = bn.process_group or dist.group.WORLD
+        group = bn.process_group
+        group = dist.group.WORLD if group is None or group == WORLD else group
         if dist.get_world_size(group) < 2:
             group = None
     return group
@@ -182,10 +209,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         track_running_stats: keep running statistics; without, every batch's own are used, in eval mode too.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+        bias: if affine, have a bias too.
         act: "identity", "relu", "leaky_relu", "silu" (or "swish") or "mish".
         negative_slope: of leaky_relu.
-        process_group: in training its processes share the statistics of their batches, as nn.SyncBatchNorm's
-            do; on the cpu too.
+        process_group: a process group, or "world" for all processes, that share the statistics of their
+            batches in training as nn.SyncBatchNorm's do; on the cpu too.
 
     Raises:
         ValueError: for an unknown activation.
@@ -203,11 +231,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         act: str = "relu",
         negative_slope: float = 0.01,
         process_group: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         activation_code(act)
         self.act, self.negative_slope, self.process_group = act, negative_slope, process_group
 
@@ -219,3 +250,30 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """nn.BatchNorm2d's, and the activation."""
         slope = f", negative_slope={self.negative_slope}" * (self.act == "leaky_relu")
         return f"{super().extra_repr()}, act={self.act!r}{slope}"  # type: ignore[no-untyped-call]
+
+    def nnfast_arguments(self, input: Tensor, residual: Tensor | None = None) -> tuple[Any, ...]:
+        """The operation's arguments, for `nnfast.explain`."""
+        code = activation_code(self.act)
+        return input, _norm(self, input, None), residual, None, code, self.negative_slope
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Let the batch norms of a model share their statistics over processes.
+
+    Args:
+        module: BatchNormAct2d in it, in place, and by nn.SyncBatchNorm.convert_sync_batchnorm every other
+            batch norm.
+        process_group: whose processes share; None for all.
+
+    Returns:
+        The module, or, if it is torch's batch norm itself, what replaces it.
+    """
+    if isinstance(module, BatchNormAct2d):
+        module.process_group = WORLD if process_group is None else process_group
+        return module
+    if isinstance(module, _BatchNorm):
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+        return converted
+    for name, child in module.named_children():
+        module.add_module(name, convert_sync_batchnorm(child, process_group))
+    return module

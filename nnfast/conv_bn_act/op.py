@@ -34,10 +34,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
 from ..core import tuning
-from ..core.op import Backend, Op, forced
+from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     LIBRARY,
     channels_innermost,
@@ -165,7 +166,7 @@ class Kernels:
 
 def _wide(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A (C,) tensor as operators take it."""
-    return value if value is None or value.dtype == dtype else value.to(dtype)
+    return None if value is None else value.to(dtype).contiguous()
 
 
 def _count(x: Tensor) -> int:
@@ -180,7 +181,7 @@ def _merge(moments: Sequence[Tensor], count: int, group: Any) -> tuple[list[Tens
     channels = [len(m) for m in moments]
     local = torch.cat([*moments, moments[0].new_full((1,), count)])
     everyone = local.new_empty(dist.get_world_size(group), len(local))
-    dist.all_gather_into_tensor(everyone, local, group=group)
+    dist.all_gather(list(everyone.unbind()), local, group=group)
     counts = everyone[:, -1:]
     total = counts.sum()
     share = counts / total
@@ -212,8 +213,14 @@ def _moments(kernels: Any, x: Tensor, residual: Tensor | None, norm: Norm, resid
         if each.running_mean is not None and each.running_var is not None:
             mean, var = unbiased[2 * i : 2 * i + 2]
             offset = _wide(each.offset, dtype)
-            kernels.update_(each.running_mean, each.running_var, mean, var, offset, correction, each.momentum)
-            torch.autograd.graph.increment_version((each.running_mean, each.running_var))
+            running = (each.running_mean, each.running_var)
+            written = [t.contiguous() for t in running]
+            kernels.update_(*written, mean, var, offset, correction, each.momentum)
+            for given, new in zip(running, written, strict=True):
+                if new is not given:
+                    given.copy_(new)
+            if not is_compiling():
+                torch.autograd.graph.increment_version(running)
     return moments
 
 
@@ -246,9 +253,10 @@ def _forward(
     act: int,
     slope: float,
     with_mask: bool = False,
+    moments: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """y, the mask, and what was normalised with."""
-    moments = _moments(kernels, x, residual, norm, residual_norm)
+    moments = moments or _moments(kernels, x, residual, norm, residual_norm)
     weight, bias, eps = (
         (None, None, 0.0) if residual_norm is None else (*residual_norm[:2], residual_norm.eps)
     )
@@ -275,9 +283,11 @@ class _BatchNormAct(torch.autograd.Function):
         act: int,
         slope: float,
         kernels: Any,
+        *given: Tensor,
     ) -> Tensor:
+        ctx.moments_given = len(given)
         with_mask = residual is not None and residual_norm is None and act in (RELU, LEAKY_RELU)
-        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask)
+        y, mask, moments = _forward(kernels, x, norm, residual, residual_norm, act, slope, with_mask, given)
         ctx.options = (norm, residual_norm, act, slope, kernels)
         ctx.has_residual = residual is not None
         needs_residual = residual_norm is not None or act in (SILU, MISH)
@@ -302,10 +312,11 @@ class _BatchNormAct(torch.autograd.Function):
         ]
         saved = ctx.saved_tensors
         requires = any(t is not None and t.requires_grad for t in (grad, *saved))
-        batched = transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
         formula = batched or (requires and torch.is_grad_enabled())
         dx, dw, db, dr, drw, drb = (_gradients_by_formula if formula else _gradients)(ctx, grad, *saved)
-        return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], None, None, None, None, None
+        rest = [None] * (5 + ctx.moments_given)
+        return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], *rest
 
 
 _batch_norm_act = super(torch.autograd.Function, _BatchNormAct).apply
@@ -401,6 +412,8 @@ def _gradients_by_formula(
         # a tensor may be there twice: gradients are those of its places
         places: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
         x, weight, bias, residual, residual_weight, residual_bias = places
+        dtype = x.dtype
+        x = x.to(compute_dtype(x))  # once: its gradients are summed in the compute dtype
         if norm.batch:
             moments = reference.statistics(x)
             if residual_norm is not None:
@@ -411,7 +424,7 @@ def _gradients_by_formula(
         else:
             y = reference.act(z, act, slope)
         wanted = [p for p, need in zip(places, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y.to(x.dtype), wanted, grad, create_graph=create_graph))
+        found = iter(torch.autograd.grad(y.to(dtype), wanted, grad, create_graph=create_graph))
     return tuple(next(found) if need else None for need in needs)  # type: ignore[return-value]
 
 
@@ -453,8 +466,14 @@ def run(
     tensors = (x, norm.weight, norm.bias, norm.offset, residual, *of_residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(kernels, x, norm, residual, residual_norm, act, slope)[0]
-    apply = _BatchNormAct.apply if is_compiling() else _batch_norm_act
-    return apply(*tensors, norm, residual_norm, act, slope, kernels)  # type: ignore[no-any-return, no-untyped-call]
+    options = (norm, residual_norm, act, slope, kernels)
+    if is_compiling():  # which knows no function that changes running statistics
+        if residual is x:  # nor one with a tensor twice
+            tensors = (*tensors[:4], x.view_as(x), *of_residual)
+        with torch.no_grad():
+            moments = _moments(kernels, x, residual, norm, residual_norm)
+        return _BatchNormAct.apply(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
+    return _batch_norm_act(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Formulas:
@@ -475,7 +494,7 @@ def _run_reference(
     act: int = IDENTITY,
     slope: float = 0.01,
 ) -> Tensor:
-    if norm.group is not None:
+    if norm.group is not None or not (transformed() or is_compiling()):
         return run(_Formulas, x, norm, residual, residual_norm, act, slope)
     norm, residual_norm = _with_offset(norm), _with_offset(residual_norm)
     moments: list[Tensor] = []
@@ -595,7 +614,8 @@ def _aten_why_not(
     reasons = []
     if norm.group is not None and x.is_cpu:
         reasons.append("statistics are shared by a process group, which torch cannot do on the cpu")
-    if not (_one_dtype(norm) and (residual_norm is None or _one_dtype(residual_norm))):
+    half = x.dtype not in (torch.float32, torch.float64)  # else all have x's
+    if half and not (_one_dtype(norm) and (residual_norm is None or _one_dtype(residual_norm))):
         reasons.append("weight, bias and running statistics have several dtypes; torch's own needs one")
     return reasons
 
@@ -642,6 +662,13 @@ for _operator, _function in (
 def recomputing() -> bool:
     """Inside a backward pass: activation checkpointing runs a forward again, which counts once."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _with_copies(norm: Norm) -> Norm:
+    """The norm with running statistics that nobody will read."""
+    if norm.running_mean is None or norm.running_var is None:
+        return norm
+    return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
 
 
 def check(
@@ -720,12 +747,16 @@ def batch_norm_act(
     if residual_norm is not None and (norm.batch, norm.group) != (residual_norm.batch, residual_norm.group):
         z = batch_norm_act(x, norm, None, None, IDENTITY, slope)
         return batch_norm_act(residual, residual_norm, z, None, act, slope)  # type: ignore[arg-type]
+    if is_compiling() and norm.group is not None:
+        return _outside_compile(x, norm, residual, residual_norm, act, slope)
     if is_compiling() and forced() is None:
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     if norm.batch and recomputing():
-        norm = norm._replace(running_mean=None, running_var=None)
-        if residual_norm is not None:
-            residual_norm = residual_norm._replace(running_mean=None, running_var=None)
+        norm = _with_copies(norm)
+        residual_norm = None if residual_norm is None else _with_copies(residual_norm)
+    small = x.numel() < BATCH_NORM_ACT.least and not is_compiling() and forced_outside_compile() is None
+    if small and not _aten_why_not(x, norm, residual, residual_norm):  # at once what `choose` would find
+        return _run_aten(x, norm, residual, residual_norm, act, slope)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)
     return result
 
@@ -733,7 +764,7 @@ def batch_norm_act(
 def again(y: Tensor) -> Callable[[], Tensor] | None:
     """What computes y = act(norm(x)) again from what its backward has of it; None if y is no such result."""
     node: Any = y.grad_fn
-    kind: Any = _BatchNormAct._backward_cls  # type: ignore[attr-defined]
+    kind: Any = _BatchNormAct._backward_cls
     if not isinstance(node, kind) or node.has_residual:
         return None
 
@@ -745,3 +776,7 @@ def again(y: Tensor) -> Callable[[], Tensor] | None:
             return kernels.forward(*arguments, act, slope, False)[0]  # type: ignore[no-any-return]
 
     return compute
+
+
+_outside_compile = _disable_dynamo(batch_norm_act)
+"""The same where processes talk: torch.compile does without it."""

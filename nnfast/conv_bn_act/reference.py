@@ -61,8 +61,10 @@ def act_backward(grad: Tensor, z: Tensor, code: int, slope: float) -> Tensor:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; differentiable."""
-    var, mean = torch.var_mean(_wide(x), [0, *range(2, x.dim())], correction=0)
-    return mean, var
+    x, dims = _wide(x), [0, *range(2, x.dim())]
+    mean = x.mean(dims)
+    mean = mean + (x - _per_channel(mean, x)).mean(dims)  # what rounding left
+    return mean, (x - _per_channel(mean, x)).square().mean(dims)
 
 
 def update_(

@@ -147,6 +147,8 @@ class Op:
     def __init__(self, name: str, backends: Sequence[Backend]) -> None:
         self.name = name
         self.backends = tuple(backends)
+        self.arguments: Callable[..., tuple[Any, ...]] | None = None
+        """Turns the arguments of the public function into the operation's, where they are others."""
         OPS[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,10 +247,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(
             f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}"
         )
-    own: Callable[..., Explanation] | None = getattr(op, "explain", None)  # of a module: it knows its parts
-    if own is not None:
-        return own(*args, **kwargs)
-    return OPS[name].explain(*args, **kwargs)
+    if not isinstance(op, (str, type)) and hasattr(op, "explain"):  # a module of several parts
+        explanation: Explanation = op.explain(*args, **kwargs)
+        return explanation
+    found = OPS[name]
+    own = None if isinstance(op, (str, type)) else getattr(op, "nnfast_arguments", None)
+    if convert := own or found.arguments:
+        args, kwargs = convert(*args, **kwargs), {}
+    return found.explain(*args, **kwargs)
 
 
 def describe(args: Sequence[Any], kwargs: dict[str, Any]) -> str:

@@ -78,8 +78,11 @@ def test_wide_accesses(objects, source, arch):
     code = toolchain.output(cuobjdump, "-sass", objects[source, arch][0])
     assert not re.findall(r"\b(?:LDL|STL)\b.*", code)
     kernels = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", code, re.S))
-    wide = {name: body for name, body in kernels.items() if not re.search(r"ELi1E|strided", name)}
+    # Merges of partial sums are a few kilobytes; three sums of 8 half-width elements exceed the registers.
+    narrow = r"ELi1E|strided|\d+merge_|reduce_gradientsINS_(4Half|8BFloat16)ELi4ELb1E"
+    wide = {name: body for name, body in kernels.items() if not re.search(narrow, name)}
     assert wide
     for name, body in wide.items():
         assert re.search(r"LDG\.E\.128", body), name
-        assert "forward_rows" in name or re.search(r"STG\.E\.128", body), name  # it writes a value a row
+        sums = re.search(r"forward_rows|reduce_moments", name)  # it writes a value a row or a column
+        assert sums or re.search(r"STG\.E\.128", body), name

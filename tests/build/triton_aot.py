@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nnfast.activation import kernels as activation
+from nnfast.conv_bn_act import kernels as conv_bn_act
 from nnfast.core.tuning import pointwise_config, rows_config
 from nnfast.focal_loss import kernels as focal_loss
 
@@ -45,6 +46,7 @@ def cases() -> Iterator[Case]:
         yield from sigmoid_cases(dtype, size)
         if dtype != "fp16":  # launched as bf16
             yield from softmax_cases(dtype, size)
+            yield from batch_norm_cases(dtype, size)
 
 
 def activation_cases(dtype: str, size: int) -> Iterator[Case]:
@@ -102,6 +104,67 @@ def softmax_cases(dtype: str, size: int) -> Iterator[Case]:
                 yield name, kernel, types, constants, config.num_warps, focal_loss.ASSERT
 
 
+BATCH_NORMS = {"mask": {"ACT": 2}, "two": {"ACT": 4}}
+"""A residual and a mask; two batch norms. Each with an activation of its own."""
+
+LENGTHS = ["rows", "columns", "channels", "rows_a_split", "partials"]
+
+
+def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
+    """Batch norm + residual + activation: both layouts, narrow and whole rows, and what is merged."""
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    lengths = {name: "i64:16" if name == "columns" else "i64" for name in LENGTHS}
+
+    def case(kernel: str, layout: str, columns: int, constants: dict[str, Any], what: str = "") -> Case:
+        function = getattr(conv_bn_act, f"{kernel}_kernel")
+        config = rows_config(columns, size, whole=False)
+        constants = {**constants, "INNERMOST": layout == "innermost", "ROWS": config.rows}
+        constants["COLUMNS"] = config.block
+        types = {}
+        for name in function.arg_names:
+            if name.endswith("_ptr") and name not in constants:
+                as_x = ("x_ptr", "y_ptr", "grad_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "dresidual_ptr")
+                types[name] = f"*{dtype}" if name in as_x else "*u8" if name == "mask_ptr" else f"*{wide}"
+            elif name in lengths:
+                types[name] = lengths[name]
+            elif name.islower() and name not in constants:
+                types[name] = "fp64"
+        name = f"batch_norm {kernel} {layout} {config.rows}x{config.block} {what} {dtype}"
+        return name, function, types, constants, config.num_warps, {}
+
+    for layout in ("innermost", "contiguous"):
+        for columns in (64, 1 << 16):
+            yield case("statistics", layout, columns, {})
+            for kernel in ("forward", "sums", "backward"):
+                for what, constants in BATCH_NORMS.items():
+                    if what == "mask" and (layout == "innermost") != (columns == 64):
+                        continue
+                    arguments = getattr(conv_bn_act, f"{kernel}_kernel").arg_names
+                    left_out = [n for n in arguments if what != "two" and n.startswith("residual_")]
+                    if what == "mask" and kernel == "forward":
+                        left_out.remove("residual_ptr")
+                    if what == "two":
+                        left_out += ["dz_ptr"]
+                    else:
+                        left_out += ["dresidual_ptr", "sum_dz_residual_xhat_ptr"]
+                    if what != "mask":
+                        left_out += ["mask_ptr"]
+                    given = constants | {n: None for n in left_out if n.endswith("_ptr") and n in arguments}
+                    yield case(kernel, layout, columns, given, what)
+
+    merge = conv_bn_act.MERGE
+    constants = {"PARTIALS": merge.rows, "CHANNELS": merge.block}
+    types = {f"{n}_ptr": f"*{wide}" for n in ("partial", "mean", "var")} | {
+        "channels": "i64",
+        "partials": "i64",
+    }
+    yield f"batch_norm merge {dtype}", conv_bn_act.merge_kernel, types, constants, merge.num_warps, {}
+    pointers = ("running_mean", "running_var", "mean", "var", "offset")
+    types = {f"{n}_ptr": f"*{dtype if n.startswith('running') else wide}" for n in pointers}
+    types |= {"correction": "fp64", "momentum": "fp64", "channels": "i64"}
+    yield f"batch_norm update {dtype}", conv_bn_act.update_kernel, types, {"CHANNELS": 256}, 4, {}
+
+
 def compile_case(
     kernel: Any,
     types: dict[str, str],
@@ -110,11 +173,13 @@ def compile_case(
     options: dict[str, Any],
     target: GPUTarget,
 ) -> Any:
-    """As the launcher compiles it for tensors at 16-byte addresses and a size that nothing divides."""
+    """As the launcher compiles it for tensors at 16-byte addresses; lengths that 16 divides are i64:16."""
     given = {**types, **dict.fromkeys(constants, "constexpr")}
-    signature = {name: given[name] for name in kernel.arg_names}
+    signature = {name: given[name].removesuffix(":16") for name in kernel.arg_names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if given[name].startswith("*") or given[name].endswith(":16")
     }
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target, {"num_warps": warps, **options})
@@ -127,7 +192,7 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 def _offset_bits(ttir: str) -> int:
     """Bits of the narrowest integers that a pointer is moved by."""
-    return min(int(bits) for bits in re.findall(r"tt\.addptr .*, tensor<\d+xi(\d+)>", ttir))
+    return min(int(bits) for bits in re.findall(r"tt\.addptr .*, tensor<(?:\d+x)+i(\d+)>", ttir))
 
 
 def _machine_code(compiled: Any) -> dict[str, Any]:
@@ -135,7 +200,10 @@ def _machine_code(compiled: Any) -> dict[str, Any]:
         text = compiled.asm["amdgcn"]
         return {
             "registers": int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0]),
-            "spills": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))),
+            # scalar registers are spilt to lanes of vector registers: memory is private_segment
+            "spills": sum(
+                map(int, re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
+            ),
             "shared": compiled.metadata.shared,
             "wide": "global_load_dwordx4" in text and "global_store_dwordx4" in text,
         }
