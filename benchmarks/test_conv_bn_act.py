@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -91,7 +92,7 @@ def contenders(
 def test_blocks(shape, direction, layout, device, quick, benchmark, record, monkeypatch):
     training = direction != "forward"
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config, "freezing", not training)
+    monkeypatch.setattr(inductor, "freezing", not training)
     torch.manual_seed(0)
     if shape == "ConvBNAct":
         channels, out, stride, size = 64, 64, 1, 56

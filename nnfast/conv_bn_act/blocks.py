@@ -340,9 +340,6 @@ def conv_bn_act(
     )  # fmt: skip
 
 
-conv_bn_act.nnfast_op = "batch_norm_act"  # type: ignore[attr-defined]
-
-
 # --- a chain of units ---------------------------------------------------------------------------------------
 
 
@@ -475,6 +472,8 @@ def run(
 
     via: where the block runs in channels_last, its contiguous input and that in channels_last.
     """
+    if unit.bn.training:
+        fold.forget(unit.conv, unit.bn)
     known = _known(unit)
     act, slope = known or ("identity", 0.01)
     if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):

@@ -39,9 +39,9 @@ class Folded:
         self.sources = _sources(conv, bn)
         self.states = [_state(t) for t in self.sources]  # first: what changes meanwhile is seen later
         self.eps: float = bn.eps  # type: ignore[assignment]
-        weight, bias, gamma, beta, mean, var = (None if t is None else t.detach() for t in self.sources)
+        weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in self.sources)
         with torch.inference_mode(False), torch.no_grad():
-            self.probes = [_probe(t) for t in self.sources[:4]]
+            self.probes = [_probe(t) for t in self.sources[:6]]
             scale = (var.double() + self.eps).rsqrt()  # type: ignore[union-attr]
             scale = scale if gamma is None else scale * gamma
             shift = -mean.double() if bias is None else bias.double() - mean  # type: ignore[union-attr,operator]
@@ -100,6 +100,7 @@ def _sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
         norm["bias"],
         running["running_mean"],
         running["running_var"],
+        running["num_batches_tracked"],  # torch's batch norm counts, but moves no version of what it updates
     )
 
 
@@ -109,7 +110,7 @@ def _state(source: Source) -> tuple[int, int] | None:
 
 
 def _probe(source: Source) -> tuple[Tensor, Tensor] | None:
-    """A few elements and what they are now: writes through `.data` move no version counter."""
+    """A few elements and what they are now: not all writes move the version counter, as those to `.data`."""
     if source is None or not source.is_cpu or not source.numel():
         return None
     flat = (

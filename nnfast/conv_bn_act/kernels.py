@@ -137,6 +137,13 @@ def _sum(values, INNERMOST: tl.constexpr):
 
 
 @triton.jit
+def _shift(x_ptr, channel, columns, known, dtype: tl.constexpr, INNERMOST: tl.constexpr):
+    """A channel's first value, if it is finite: deviations from it keep their digits where means are large."""
+    x = wide(tl.load(x_ptr + (channel if INNERMOST else channel * columns), mask=known, other=0.0)).to(dtype)
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
 def statistics_kernel(
     x_ptr,
     partial_ptr,
@@ -151,14 +158,15 @@ def statistics_kernel(
 ):
     """partial: (3, partials, C): count, mean and sum of squared deviations of the rows of a program.
 
-    rows are those of one channel. Every element of the tile goes down by Welford's recurrence (Welford 1962),
-    in the end they are merged (Chan et al. 1979).
+    rows are those of one channel. Every element of the tile, less the channel's shift, goes down by Welford's
+    recurrence (Welford 1962), in the end they are merged (Chan et al. 1979).
     """
     column, channel, split, partial = _reduced(columns, channels, INNERMOST, COLUMNS)
     within = (column < columns)[None, :]
     first = split * rows_a_split
     last = tl.minimum(first + rows_a_split, rows)
     dtype = partial_ptr.dtype.element_ty
+    shift = _shift(x_ptr, channel, columns, channel < channels, dtype, INNERMOST)[None, :]
     count = tl.zeros([ROWS, 1], dtype)
     mean = tl.zeros([ROWS, COLUMNS], dtype)
     squares = tl.zeros([ROWS, COLUMNS], dtype)
@@ -168,6 +176,7 @@ def statistics_kernel(
         memory_row = row if INNERMOST else row * channels + channel
         x = wide(tl.load(x_ptr + memory_row[:, None] * columns + column[None, :], mask=inside, other=0.0))
         count += (row < last)[:, None].to(dtype)
+        x = tl.where(inside, x - shift, 0.0)
         delta = tl.where((row < last)[:, None], x - mean, 0.0)  # columns outside stay 0
         mean += delta * (1.0 / tl.maximum(count, 1.0))
         squares += delta * (x - mean)
@@ -185,11 +194,14 @@ def statistics_kernel(
 
 @triton.jit
 def merge_kernel(
+    x_ptr,
     partial_ptr,
     mean_ptr,
     var_ptr,
+    columns: tl.int64,
     channels: tl.int64,
     partials: tl.int64,
+    INNERMOST: tl.constexpr,
     PARTIALS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -216,6 +228,7 @@ def merge_kernel(
         mean += delta * share
         total += count
     known = channel < channels
+    mean += _shift(x_ptr, channel, columns, known, dtype, INNERMOST)
     tl.store(mean_ptr + channel, mean, mask=known)
     tl.store(var_ptr + channel, squares / tl.maximum(total, 1.0), mask=known)
 
@@ -558,16 +571,20 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         nan = x.new_full((channels,), torch.nan, dtype=dtype)
         return nan, nan.clone()
     mean, var = (x.new_empty(channels, dtype=dtype) for _ in range(2))
-    grid, arguments, partials = _Rows(x).reduction()
+    rows = _Rows(x)
+    grid, arguments, partials = rows.reduction()
     partial = x.new_empty((3, partials, channels), dtype=dtype)
     with _device(x):
         statistics_kernel[grid](x, partial, **arguments)
         merge_kernel[(triton.cdiv(channels, MERGE.block),)](
+            x,
             partial,
             mean,
             var,
+            rows.columns,
             channels,
             partials,
+            INNERMOST=rows.innermost,
             PARTIALS=MERGE.rows,
             CHANNELS=MERGE.block,
             num_warps=MERGE.num_warps,

@@ -761,14 +761,10 @@ def batch_norm_act(
     return result
 
 
-_outside_compile = _disable_dynamo(batch_norm_act)
-"""The same where processes talk: torch.compile does without it."""
-
-
 def again(y: Tensor) -> Callable[[], Tensor] | None:
     """What computes y = act(norm(x)) again from what its backward has of it; None if y is no such result."""
     node: Any = y.grad_fn
-    kind: Any = _BatchNormAct._backward_cls  # type: ignore[attr-defined]
+    kind: Any = _BatchNormAct._backward_cls
     if not isinstance(node, kind) or node.has_residual:
         return None
 
@@ -780,3 +776,7 @@ def again(y: Tensor) -> Callable[[], Tensor] | None:
             return kernels.forward(*arguments, act, slope, False)[0]  # type: ignore[no-any-return]
 
     return compute
+
+
+_outside_compile = _disable_dynamo(batch_norm_act)
+"""The same where processes talk: torch.compile does without it."""

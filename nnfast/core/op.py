@@ -251,9 +251,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(
             f"nnfast.explain: {op!r} is no operation of nnfast; the operations are {', '.join(OPS)}"
         )
-    own: Callable[..., Explanation] | None = getattr(op, "explain", None)  # of a module: it knows its parts
-    if own is not None:
-        return own(*args, **kwargs)
+    if not isinstance(op, (str, type)) and hasattr(op, "explain"):  # a module of several parts
+        explanation: Explanation = op.explain(*args, **kwargs)
+        return explanation
     found = OPS[name]
     arguments = None if isinstance(op, (str, type)) else getattr(op, "nnfast_arguments", None)
     if convert := arguments or found.arguments:

@@ -155,11 +155,9 @@ def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
                     yield case(kernel, layout, columns, given, what)
 
     merge = conv_bn_act.MERGE
-    constants = {"PARTIALS": merge.rows, "CHANNELS": merge.block}
-    types = {f"{n}_ptr": f"*{wide}" for n in ("partial", "mean", "var")} | {
-        "channels": "i64",
-        "partials": "i64",
-    }
+    constants = {"INNERMOST": True, "PARTIALS": merge.rows, "CHANNELS": merge.block}
+    types = {f"{n}_ptr": f"*{wide}" for n in ("partial", "mean", "var")}
+    types |= {"x_ptr": f"*{dtype}"} | dict.fromkeys(("columns", "channels", "partials"), "i64")
     yield f"batch_norm merge {dtype}", conv_bn_act.merge_kernel, types, constants, merge.num_warps, {}
     pointers = ("running_mean", "running_var", "mean", "var", "offset")
     types = {f"{n}_ptr": f"*{dtype if n.startswith('running') else wide}" for n in pointers}

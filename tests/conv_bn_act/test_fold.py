@@ -192,6 +192,7 @@ CHANGES = {
     "eps": lambda b: setattr(b.bn, "eps", 0.5),
     "channels_last": lambda b: b.to(memory_format=CHANNELS_LAST),
     "training": lambda b: [b.train()(torch.randn(4, 8, 5, 5) * 3), b.eval()],
+    "training without the block": lambda b: [b.bn.train()(torch.randn(4, 12, 5, 5) * 3), b.eval()],
     "no bias": lambda b: setattr(b.conv, "bias", None),
 }
 
