@@ -15,7 +15,7 @@ from torch import Tensor
 from ..activation.kernels import mish, mish_backward, silu, silu_backward
 from ..core.operator import channels_innermost, dense
 from ..core.triton import tl, triton, wide
-from ..core.tuning import RowsConfig, rows_config
+from ..core.tuning import RowsConfig, norm_rows_config
 
 PROGRAMS = 1024
 """Programs that fill a device: reductions are split until there are so many."""
@@ -512,12 +512,12 @@ def backward_kernel(
 class _Rows:
     """x (dense) as memory rows, and how kernels over them are launched."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, heavy: bool = False) -> None:
         n, self.channels, s = x.shape[0], x.shape[1], x.shape[2:].numel()
         self.innermost = channels_innermost(x)
         self.rows, self.columns = (n * s, self.channels) if self.innermost else (n * self.channels, s)
         self.of_channel = n * s if self.innermost else n
-        self.config = rows_config(self.columns, x.element_size(), whole=False)
+        self.config = norm_rows_config(self.columns, x.element_size(), heavy)
         self.blocks = triton.cdiv(self.columns, self.config.block)
 
     def elementwise(self) -> tuple[tuple[int], dict[str, Any]]:
@@ -634,7 +634,7 @@ def sums(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     count = 2 if r_mean is None else 3
     found = mean.new_zeros((count, len(mean)))
     if x.numel():
-        grid, launch, partials = _Rows(x).reduction()
+        grid, launch, partials = _Rows(x, heavy=True).reduction()
         partial = mean.new_empty((count, partials, len(mean)))
         of_residual = (_alike(residual, x), r_mean, r_var, r_weight, r_bias, r_eps)
         with _device(x):

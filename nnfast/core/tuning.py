@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEVER = sys.maxsize
 
@@ -89,6 +89,14 @@ def rows_config(length: int, element_size: int, whole: bool = True) -> RowsConfi
     power_of_2 = _power_of_2(length)
     block = power_of_2 if power_of_2 <= longest else 4 * tile if whole else tile
     return RowsConfig(max(256 // block, 1), block, min(max(block * 4 // tile, 4), 32))
+
+
+def norm_rows_config(length: int, element_size: int, heavy: bool = False) -> RowsConfig:
+    """The same for batch norms over memory rows, none whole; heavy: for sums of gradients. None spills."""
+    config = rows_config(length, element_size, whole=False)
+    if element_size < 8:
+        return config
+    return replace(config, block=min(config.block, 256) if heavy else config.block, num_warps=8)
 
 
 def strided_rows_config(length: int, element_size: int) -> RowsConfig:

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from nnfast.activation import kernels as activation
 from nnfast.conv_bn_act import kernels as conv_bn_act
-from nnfast.core.tuning import pointwise_config, rows_config, strided_rows_config
+from nnfast.core.tuning import norm_rows_config, pointwise_config, rows_config, strided_rows_config
 from nnfast.focal_loss import kernels as focal_loss
 
 TARGETS = {
@@ -119,7 +119,7 @@ def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
 
     def case(kernel: str, layout: str, columns: int, constants: dict[str, Any], what: str = "") -> Case:
         function = getattr(conv_bn_act, f"{kernel}_kernel")
-        config = rows_config(columns, size, whole=False)
+        config = norm_rows_config(columns, size, heavy=kernel == "sums")
         constants = {**constants, "INNERMOST": layout == "innermost", "ROWS": config.rows}
         constants["COLUMNS"] = config.block
         types = {}
