@@ -768,7 +768,7 @@ _outside_compile = _disable_dynamo(batch_norm_act)
 def again(y: Tensor) -> Callable[[], Tensor] | None:
     """What computes y = act(norm(x)) again from what its backward has of it; None if y is no such result."""
     node: Any = y.grad_fn
-    kind: Any = _BatchNormAct._backward_cls  # type: ignore[attr-defined]
+    kind: Any = _BatchNormAct._backward_cls
     if not isinstance(node, kind) or node.has_residual:
         return None
 
