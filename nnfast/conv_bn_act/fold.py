@@ -39,7 +39,7 @@ class Folded:
         self.sources = _sources(conv, bn)
         self.states = [_state(t) for t in self.sources]  # first: what changes meanwhile is seen later
         self.eps: float = bn.eps  # type: ignore[assignment]
-        weight, bias, gamma, beta, mean, var = (None if t is None else t.detach() for t in self.sources)
+        weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in self.sources)
         with torch.inference_mode(False), torch.no_grad():
             self.probes = [_probe(t) for t in self.sources[:4]]
             scale = (var.double() + self.eps).rsqrt()  # type: ignore[union-attr]
@@ -100,6 +100,7 @@ def _sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
         norm["bias"],
         running["running_mean"],
         running["running_var"],
+        running["num_batches_tracked"],  # torch's batch norm moves no version counter of running statistics
     )
 
 
