@@ -100,7 +100,7 @@ def _sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
         norm["bias"],
         running["running_mean"],
         running["running_var"],
-        running["num_batches_tracked"],  # torch's batch norm counts, but moves no version of what it updates
+        running["num_batches_tracked"],  # torch's batch norm moves no version counter of running statistics
     )
 
 

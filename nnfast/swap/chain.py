@@ -352,12 +352,12 @@ def normalised(
         return normalise(
             norm, x, residual=residual, residual_bn=residual_norm, act=name, negative_slope=slope
         )
-    projection = None
     if residual is not None and residual_conv is not None:
-        residual, projection = None, (_unit(residual_conv, residual_norm), residual)
-    elif residual is not None and residual_norm is not None:
+        projection = (_unit(residual_conv, residual_norm), residual)
+        return blocks.run(_unit(conv, norm, act), x, projection=projection)
+    if residual is not None and residual_norm is not None:
         residual = normalise(residual_norm, residual)
-    return blocks.run(_unit(conv, norm, act), x, residual, projection)
+    return blocks.run(_unit(conv, norm, act), x, residual)
 
 
 # The classes of what was swapped
@@ -377,10 +377,10 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are found by no name; they are made again from the ones they stand for."""
-        function, arguments, *rest = super().__reduce_ex__(max(2, int(protocol)))
-        if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (function, arguments, *rest)
-        return (_new, (self.mixin, self.swapped_from), *rest)
+        reduced = super().__reduce_ex__(max(2, int(protocol)))
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_new, (self.mixin, self.swapped_from), *reduced[2:])
 
 
 def subclass(mixin: type[Swapped], cls: type) -> Any:

@@ -86,8 +86,8 @@ class Plan:
 
 def plan(program: Program) -> Plan:
     """Join the steps of a program into lines, and lines that meet in a sum into one."""
-    uses = Counter(ref.index for step in program.steps for ref in _refs_in((step.args, step.kwargs)))
-    uses.update(ref.index for ref in _refs_in(program.output))
+    uses = Counter(ref.place for step in program.steps for ref in _refs_in((step.args, step.kwargs)))
+    uses.update(ref.place for ref in _refs_in(program.output))
     parts: list[Line | Alone] = []
     for result, step in enumerate(program.steps, 1):
         last = parts[-1] if parts and isinstance(parts[-1], Line) and uses[parts[-1].result] == 1 else None
@@ -124,8 +124,8 @@ def _unary(step: Step) -> int | None:
     """The one value that a child or an activation is called on."""
     if step.child:
         alone = len(step.args) == 1 and not step.kwargs and isinstance(step.args[0], Ref)
-        return step.args[0].index if alone else None
-    return step.args[0].index if _act(step) else None
+        return step.args[0].place if alone else None
+    return step.args[0].place if _act(step) else None
 
 
 def _act(step: Step) -> tuple[str, float] | None:
@@ -148,7 +148,7 @@ def _sum(step: Step) -> tuple[int, int] | None:
         and not step.kwargs
         and all(isinstance(a, Ref) for a in args)
     ):
-        return args[0].index, args[1].index
+        return args[0].place, args[1].place
     return None
 
 
@@ -157,7 +157,7 @@ def _drops(parts: list[Line | Alone], output: Any) -> tuple[tuple[int, ...], ...
     for at, part in enumerate(parts):
         for index in _needs(part):
             last[index] = at
-    kept = {ref.index for ref in _refs_in(output)}
+    kept = {ref.place for ref in _refs_in(output)}
     return tuple(
         tuple(index for index, when in last.items() if when == at and index not in kept)
         for at in range(len(parts))
@@ -166,7 +166,7 @@ def _drops(parts: list[Line | Alone], output: Any) -> tuple[tuple[int, ...], ...
 
 def _needs(part: Line | Alone) -> set[int]:
     if isinstance(part, Alone):
-        return {ref.index for ref in _refs_in((part.step.args, part.step.kwargs))}
+        return {ref.place for ref in _refs_in((part.step.args, part.step.kwargs))}
     return {part.source, *(each.source for each in part.line if isinstance(each, Plus))}
 
 
@@ -297,7 +297,7 @@ def _activate(step: Step, x: Tensor) -> Any:
 def _fill(value: Any, values: dict[int, Any]) -> Any:
     """The values in place of the references to them."""
     if isinstance(value, Ref):
-        return values[value.index]
+        return values[value.place]
     if isinstance(value, slice):
         return slice(*(_fill(each, values) for each in (value.start, value.stop, value.step)))
     if type(value) in (tuple, list):

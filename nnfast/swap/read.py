@@ -26,7 +26,7 @@ from torch import Tensor, nn
 class Ref(NamedTuple):
     """The result of a step; 0 is forward's input."""
 
-    index: int
+    place: int
 
 
 class Step(NamedTuple):
@@ -133,10 +133,11 @@ _CATCHES = {"SETUP_FINALLY", "SETUP_WITH", "PUSH_EXC_INFO", "BEFORE_WITH", "WITH
 
 
 def _check_signature(forward: FunctionType) -> None:
-    first, *others = list(inspect.signature(forward).parameters.values())[1:] or [None]
-    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    takes = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not parameters or parameters[0].kind not in takes:
         raise UnreadableError("forward takes no input")
-    for parameter in others:
+    for parameter in parameters[1:]:
         if parameter.default is parameter.empty:
             raise UnreadableError(f"forward needs more than one input: {parameter.name}")
 

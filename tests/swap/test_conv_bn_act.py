@@ -532,9 +532,6 @@ def test_functional_call_and_vmap():
     torch.testing.assert_close(torch.func.grad(loss)(parameters, x), expected)
 
 
-@pytest.mark.xfail(
-    reason="batch_norm_act on aten saves other tensors when it is recomputed, in nnfast.ResidualBlock too"
-)
 def test_checkpointing():
     model, x = sample("seed")
     twin = copy.deepcopy(model)
