@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 def pytest_configure() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and not triton_why_not("cpu"):
         _round_in_interpreter()
+        _patch_language_once()
 
 
 def _round_in_interpreter() -> None:
@@ -39,6 +42,22 @@ def _round_in_interpreter() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounded
+
+
+def _patch_language_once() -> None:
+    """The interpreter walks triton.language at every call of a function, most of its time: once is enough.
+
+    It stays patched, as nothing is compiled in this process; what compiles ahead of time has its own.
+    """
+    from triton.runtime import interpreter
+
+    patch = functools.cache(interpreter._patch_lang)
+
+    def patched(function):
+        patch(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patched
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
