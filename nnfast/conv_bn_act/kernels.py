@@ -138,7 +138,7 @@ def _sum(values, INNERMOST: tl.constexpr):
 
 @triton.jit
 def _shift(x_ptr, channel, columns, known, dtype: tl.constexpr, INNERMOST: tl.constexpr):
-    """A channel's first value, if it is finite: deviations from it keep their digits where means are large."""
+    """A channel's first value, if it is finite: what is left keeps its digits where means are large."""
     x = wide(tl.load(x_ptr + (channel if INNERMOST else channel * columns), mask=known, other=0.0)).to(dtype)
     return tl.where(x - x == 0.0, x, 0.0)
 
