@@ -76,7 +76,8 @@ class backend(ContextDecorator):  # noqa: N801 - used as a function
     """Force one backend for every nnfast operation inside a `with` block; blocks nest.
 
     The choice belongs to the current thread (or asyncio task). torch.compile reads one choice for the whole
-    process: the block entered last, in any thread.
+    process: the block entered last, in any thread. Activation checkpointing repeats a forward in backward, by
+    the choice made there: put backward into the block too, or give checkpoint a context_fn.
 
     Args:
         name: "folded", "cuda", "triton", "cpu", "aten" or "reference".

@@ -105,9 +105,7 @@ def test_the_choice_stays_in_its_thread():
 
 
 def test_unknown_name():
-    with pytest.raises(
-        ValueError, match="unknown backend 'cudnn'; the backends are folded, cuda, triton, cpu"
-    ):
+    with pytest.raises(ValueError, match="'cudnn'; the backends are folded, cuda, triton, cpu"):
         nnfast.backend("cudnn")
 
 
