@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import nnfast
 from nnfast.core.op import OPS, triton_why_not
 from tests.emulation.emulated import CSRC, emulated_backend, has_compiler
 from tests.ops import DTYPES, TABLE, Case
+
+_T = TypeVar("_T")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -109,6 +112,20 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}{'-emulated' * self.emulated}"
+
+    @property
+    def slow(self) -> bool:
+        """Whether Python or the emulation steps through the kernels: a program takes them milliseconds."""
+        return self.emulated or (self.backend == "triton" and self.device == "cpu")
+
+    def share(self, combinations: Iterable[_T], turn: int, turns: int) -> list[_T]:
+        """All of what a test loops over; where slow, what is this turn's, so that all turns have them once.
+
+        Turns are those of a parameter of the test that the loop's values do not depend on. A number of turns
+        that divides no axis but the first gives each turn every value of the other axes.
+        """
+        combinations = list(combinations)
+        return combinations[turn::turns] if self.slow else combinations
 
     @contextmanager
     def forced(self) -> Iterator[None]:

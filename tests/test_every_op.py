@@ -456,7 +456,7 @@ def test_more_than_2_to_31_elements(case: Case, run):
     assert_close(y[: 1 << 12], case.torchs(x[: 1 << 12]))
 
 
-@pytest.mark.family("activation", "focal_loss")
+@pytest.mark.only("activation", "focal_loss")
 def test_samples_cover_both_metrics(case: Case):
     if case.operators:  # of a product, gradients cross zero
         assert {s.metric for s in case.samples} == {"norm", "relative"}
