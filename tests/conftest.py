@@ -119,10 +119,9 @@ class Run:
         return self.emulated or (self.backend == "triton" and self.device == "cpu")
 
     def share(self, combinations: Iterable[_T], turn: int, turns: int) -> list[_T]:
-        """All of what a test loops over; where slow, what is this turn's, so that all turns have them once.
+        """All of what a test loops over; where slow, this turn's part: turns together have everything once.
 
-        Turns are those of a parameter of the test that the loop's values do not depend on. A number of turns
-        that divides no axis but the first gives each turn every value of the other axes.
+        Turns are another parameter of the test's, chosen such that kernels do not depend on both at once.
         """
         combinations = list(combinations)
         return combinations[turn::turns] if self.slow else combinations

@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("triton_aot.py")
 REGISTERS = {"fp64": 96, "batch_norm": 200}
-"""Most registers of a thread; 64 (half occupancy at least) where nothing is said. Batch norm's are untuned."""
+"""Most registers of a thread; 64 (half occupancy at least) where nothing is said. Batch norms are untuned."""
 
 
 def limit(report: dict) -> int:

@@ -1,4 +1,4 @@
-"""Softmax focal loss of rows of every length that is launched in its own way, by the emulated CUDA kernels."""
+"""Softmax focal loss of rows of each length that is launched in its own way, by the emulated CUDA kernels."""
 
 from __future__ import annotations
 
