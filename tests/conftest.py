@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import nnfast
 from nnfast.core.op import OPS, triton_why_not
 from tests.emulation.emulated import CSRC, emulated_backend, has_compiler
 from tests.ops import DTYPES, TABLE, Case
+
+_T = TypeVar("_T")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -109,6 +112,19 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}{'-emulated' * self.emulated}"
+
+    @property
+    def slow(self) -> bool:
+        """Whether Python or the emulation steps through the kernels: a program takes them milliseconds."""
+        return self.emulated or (self.backend == "triton" and self.device == "cpu")
+
+    def share(self, combinations: Iterable[_T], turn: int, turns: int) -> list[_T]:
+        """All of what a test loops over; where slow, this turn's part: turns together have everything once.
+
+        Turns are another parameter of the test's, chosen such that kernels do not depend on both at once.
+        """
+        combinations = list(combinations)
+        return combinations[turn::turns] if self.slow else combinations
 
     @contextmanager
     def forced(self) -> Iterator[None]:

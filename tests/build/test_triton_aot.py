@@ -45,7 +45,12 @@ def test_every_kernel_and_target_is_compiled(reports):
         for layout in ("rows", "spatial"):
             for dtype in ("bf16", "fp32", "fp64"):
                 found = [r for r in focal if {direction, layout, dtype} <= set(r["case"].split())]
-                assert len(found) >= {"rows": 6, "spatial": 2}[layout] * 4  # block sizes, targets
+                sizes = {r["case"] for r in found}
+                assert len(sizes) >= {"rows": 6, "spatial": 2}[layout]
+                assert {r["case"] for r in found if r["target"] == "gfx942"} == sizes
+                assert {r["case"] for r in found if r["target"] != "gfx942"} == sizes
+                at = [{r["case"] for r in found if r["target"] == sm} for sm in ("sm_80", "sm_90", "sm_100")]
+                assert len(set.intersection(*at)) >= 2
 
 
 def test_nothing_spills(reports):
