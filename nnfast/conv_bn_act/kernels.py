@@ -632,7 +632,7 @@ def sums(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     dz = torch.empty_like(x) if with_dz else x.new_empty(0)
     mean = norm[0]
     count = 2 if r_mean is None else 3
-    found = mean.new_zeros((count, len(mean)))
+    found = [torch.zeros_like(mean) for _ in range(count)]
     if x.numel():
         grid, launch, partials = _Rows(x, heavy=True).reduction()
         partial = mean.new_empty((count, partials, len(mean)))
@@ -650,8 +650,8 @@ def sums(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
                 ACT=act,
                 **launch,
             )
-        found = partial.sum(1)
-    sum_dz, sum_dz_xhat, *of_residual_xhat = found.unbind()
+        found = [of_programs.sum(0) for of_programs in partial]
+    sum_dz, sum_dz_xhat, *of_residual_xhat = found
     return sum_dz, sum_dz_xhat, of_residual_xhat[0] if of_residual_xhat else mean.new_empty(0), dz
 
 

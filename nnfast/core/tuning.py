@@ -92,8 +92,10 @@ def rows_config(length: int, element_size: int, whole: bool = True) -> RowsConfi
 
 
 def norm_rows_config(length: int, element_size: int, heavy: bool = False) -> RowsConfig:
-    """The same for batch norms over memory rows, none whole; heavy: for sums of gradients. None spills."""
+    """The same for batch norms over memory rows, none whole: 16 bytes a thread; heavy: for sums of gradients."""
     config = rows_config(length, element_size, whole=False)
+    if not heavy:
+        config = replace(config, rows=max(_TILE[element_size] // config.block, 1))
     if element_size < 8:
         return config
     return replace(config, block=min(config.block, 256) if heavy else config.block, num_warps=8)

@@ -69,7 +69,7 @@ def softmax_forward_kernel(
     rest = tl.zeros([ROWS], true.dtype)
     anchor = tl.zeros([ROWS], true.dtype)
     for start in range(0, classes if LOOP else 1, BLOCK):
-        c = start + tl.arange(0, BLOCK)
+        c = start + tl.arange(0, BLOCK).to(tl.int64)
         x = wide(
             tl.load(
                 x_ptr + first[:, None] + _step(c, rows, SPATIAL)[None, :],
