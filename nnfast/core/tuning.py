@@ -92,7 +92,7 @@ def rows_config(length: int, element_size: int, whole: bool = True) -> RowsConfi
 
 
 def norm_rows_config(length: int, element_size: int, heavy: bool = False) -> RowsConfig:
-    """The same for batch norms over memory rows, none whole: 16 bytes a thread; heavy: for sums of gradients."""
+    """For batch norms over memory rows, none whole: 16 bytes a thread; heavy: for sums of gradients."""
     config = rows_config(length, element_size, whole=False)
     if not heavy:
         config = replace(config, rows=max(_TILE[element_size] // config.block, 1))
