@@ -100,7 +100,8 @@ def _operations(device: str) -> str:
             else:
                 number = notes.setdefault((why_not or reasons)[0], len(notes) + 1)
                 cells[b.name] = f"{'no' if why_not else 'available'} [{number}]"
-        rows.append([name, str(list(args[0].shape)), *cells.values()])
+        shape = next(arg.shape for arg in args if isinstance(arg, torch.Tensor))
+        rows.append([name, "x".join(map(str, shape)), *cells.values()])
     title = f"Operations on {device}, float32:"
     lines = [title, table(["", "of", *BACKENDS], rows, left=2 + len(BACKENDS))]
     if notes:

@@ -665,6 +665,12 @@ class ConvBNActOp(Op):
         ]
         super().__init__(NAME, [Backend("folded", fold.run, fold.why_not, fold.not_worth), *ours])
 
+    def example(self, device: str) -> tuple[Any, ...]:
+        """Inference on a batch of 64 channels."""
+        x = torch.empty(32, 64, 56, 56, device=device)
+        unit = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
+        return *unit.requires_grad_(False).eval().to(x.device), x
+
     def folds(
         self,
         conv: nn.Module,

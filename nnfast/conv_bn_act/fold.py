@@ -187,6 +187,8 @@ def why_not(
     reasons += plain_why_not("x", x)
     if x.dim() != 4 or x.shape[1] != conv.in_channels or not x.numel():
         reasons.append(f"x has shape {list(x.shape)}; folding takes (N, {conv.in_channels}, H, W), not empty")
+    if not (x.is_cpu or x.is_cuda):
+        return [*reasons, f"x is on {x.device}; folding is for the CPU and CUDA"]
     if torch.is_autocast_enabled(x.device.type):
         reasons.append("under autocast, which picks the types of each step")
     if weight.dtype != x.dtype or (sources[1] is not None and sources[1].dtype != x.dtype):
@@ -227,8 +229,6 @@ def _onednn_why_not(x: Tensor, residual: Tensor | None, act: str) -> list[str]:
 
 
 def _cudnn_why_not(x: Tensor, residual: Tensor | None, act: str) -> list[str]:
-    if not x.is_cuda:
-        return [f"x is on {x.device}; folding is for the CPU and CUDA"]
     reasons = []
     if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
         reasons.append("cuDNN is not there, or switched off")

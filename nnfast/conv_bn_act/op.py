@@ -634,6 +634,11 @@ class BatchNormAct(Op):
         self.aten = _run_aten
         super().__init__(NAME, [*ours, aten, Backend("reference", _run_reference)])
 
+    def example(self, device: str) -> tuple[Any, ...]:
+        """A training step's batch of 64 channels, and relu."""
+        x = torch.empty(32, 64, 56, 56, device=device)
+        return x, Norm(None, None, x.new_zeros(64), x.new_ones(64), True, 0.1, 1e-5), None, None, RELU, 0.0
+
     def compiled_in(self, library: torch.library.Library) -> Backend:
         """The `cuda` backend with the operators of another library, on any device."""
         return Backend("cuda", partial(run, Kernels(library)), partial(_why_not, ""))

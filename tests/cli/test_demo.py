@@ -45,7 +45,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "8,000 images to train on and 2,000 held out" in text
-    assert re.search(r"nnfast\.swap: .*7 replaced", text)
+    assert re.search(r"nnfast\.swap: .*10 replaced", text)
 
     number = r"\d+\.\d+"
     (epoch,) = re.findall(rf"^  1 +({number}) +({number}) +({number})% +({number})%$", text, re.M)
@@ -86,7 +86,7 @@ def test_same_network_twice_is_the_same_training(small):
 
 def test_swapped_keeps_the_numbers(small):
     written, swapped = networks()
-    assert len(nnfast.swap(swapped).replaced) == 7
+    assert len(nnfast.swap(swapped).replaced) == 10
     result = train(small, written, swapped)
     found = result.differences
     assert found.swapped_error <= 2 * found.written_error + 1e-7
@@ -145,7 +145,7 @@ def test_served_tells_what_explain_tells(small):
     with nnfast.backend("reference"):
         result = train(small, written, swapped)
     assert {key[3] for key in result.served} == {"reference"}
-    assert sum(n for key, n in result.served.items() if key[0] == "training step") == 7
+    assert sum(n for key, n in result.served.items() if key[0] == "training step") == 10
     assert any("'reference' is forced" in reason for reason in result.not_served)
 
 

@@ -111,7 +111,9 @@ def test_gpu_that_cannot_be_used(show, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    monkeypatch.setattr(info.torch, "empty", lambda *size, device: empty(*size, device="meta"))
+    monkeypatch.setattr(
+        info.torch, "empty", lambda *size, device, **kwargs: empty(*size, device="meta", **kwargs)
+    )
     text = show()
     assert line(text, "cuda:0") == "Imagined GPU, sm_90, 80 GiB"
     assert "Operations on cuda:0" in text

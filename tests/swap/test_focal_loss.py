@@ -198,6 +198,7 @@ def test_retinanet(detection):
     expected = losses(model)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     report = nnfast.swap(model)
+    nnfast.restore(model.backbone)  # its convolutions would round otherwise
     (entry,) = [e for e in report.replaced if "RetinaNet" in e.old]
     assert entry.names == ("head.classification_head",)
     head = model.head.classification_head
@@ -217,7 +218,7 @@ def test_retinanet(detection):
     assert type(other.head.classification_head) is cls
     for copied in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert type(copied) is type(head)
-    assert nnfast.swap(model).replaced == ()
+    assert nnfast.swap(model.head).replaced == ()
     nnfast.restore(model)
     assert type(head) is cls
     assert all(map(torch.equal, losses(model)[1], expected[1]))
