@@ -7,14 +7,16 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from ..core.op import explain
+from ..conv_bn_act import blocks
+from ..core.op import Explanation, describe, explain
 from ._tasks import Samples, Task
 
 LEARNING_RATE = 0.05
@@ -238,26 +240,35 @@ def step_memory(model: nn.Module, loss: Loss, batch: Samples) -> int:
 
 @contextmanager
 def _watch(model: nn.Module, when: str, result: Result) -> Iterator[None]:
-    """Ask `explain` about the very input of every call of nnfast's modules, the first time `when` comes."""
+    """Note who serves every call of nnfast's modules and every unit of their chains, once in a `when`."""
     if any(key[0] == when for key in result.served):
         yield
         return
 
-    def ask(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found = explain(type(module), *args)
-        result.served[when, found.op, found.arguments.strip("()"), found.backend or "none"] += 1
-        ours = ("cuda", "triton") if args[0].is_cuda else ("cpu",)
-        if found.backend not in ours:
+    def note(x: Tensor, found: Explanation) -> None:
+        size = describe((x,), {}).strip("()")
+        result.served[when, found.op, size, found.backend or "none"] += 1
+        ours = ("cuda", "triton") if x.is_cuda else ("cpu",)
+        if found.backend not in (*ours, "folded"):
             for name in ours:
                 for reason in found.reasons.get(name, []):
                     result.not_served[f"{found.op} not by {name}: {reason}"] = None
 
-    hooks = [m.register_forward_pre_hook(ask) for m in model.modules() if hasattr(m, "nnfast_op")]
-    try:
+    def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: nn.Module, *args: Any) -> Any:
+            note(args[0], explain(type(self), *args))
+            return forward(self, *args)
+
+        return run
+
+    # What has an `explain` tells of its units itself. Of the classes, not by hooks: these break chains up.
+    classes = {type(m) for m in model.modules() if hasattr(m, "nnfast_op") and not hasattr(m, "explain")}
+    blocks.observers.append(note)
+    with ExitStack() as patches:
+        patches.callback(blocks.observers.remove, note)
+        for patch in [mock.patch.object(cls, "forward", watched(cls.forward)) for cls in classes]:
+            patches.enter_context(patch)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _synchronize(x: Tensor) -> None:

@@ -126,7 +126,7 @@ class ConvBNAct(nn.Module):
 
     def explain(self, input: Tensor, residual: Tensor | None = None) -> Explanation:
         """What `nnfast.explain(module, input)` says."""
-        return _explain(self._units(), input, residual)
+        return explain_units(self._units(), input, residual)
 
     def extra_repr(self) -> str:
         """The activation."""
@@ -149,7 +149,7 @@ class _Residual(nn.Module):
 
     def explain(self, x: Tensor) -> Explanation:
         """What `nnfast.explain(module, x)` says: of each convolution."""
-        return _explain(self._units(), x, x, self._shortcut())
+        return explain_units(self._units(), x, x, self._shortcut())
 
     def _units(self) -> list[Unit]:
         children: dict[str, Any] = self._modules
@@ -459,6 +459,9 @@ def _known(unit: Unit) -> tuple[str, float] | None:
 
 Via = tuple[Tensor, Tensor] | None
 
+observers: list[Callable[[Tensor, Explanation], None]] = []
+"""Called with the input of every unit that runs, and with who serves it and why the others do not."""
+
 
 def run(
     unit: Unit,
@@ -478,6 +481,8 @@ def run(
     act, slope = known or ("identity", 0.01)
     if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):
         residual, projection = fold.run(projection[0].conv, projection[0].bn, projection[1]), None
+    for observe in observers:
+        observe(x, CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope))
     if projection is None and CONV_BN_ACT.folds(unit.conv, unit.bn, x, residual, act, slope):
         y = fold.run(unit.conv, unit.bn, x, residual, act, slope)
     else:
@@ -736,7 +741,7 @@ def _stand_in(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
     return y.requires_grad_(x.requires_grad or (weight is not None and weight.requires_grad))
 
 
-def _explain(
+def explain_units(
     units: Sequence[Unit], x: Tensor, residual: Tensor | None, shortcut: nn.Module | None = None
 ) -> Explanation:
     """Who serves each unit of a chain; `conv2: ` before a reason says whose it is."""

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
+from ..activation import op as activation
 from ..core import tuning
 from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
@@ -557,8 +558,8 @@ _ATEN_ACTS: tuple[Callable[[Tensor, float, bool], Tensor], ...] = (
     lambda z, slope, inplace: z,
     lambda z, slope, inplace: F.relu(z, inplace),
     lambda z, slope, inplace: F.leaky_relu(z, slope, inplace and slope >= 0),
-    lambda z, slope, inplace: F.silu(z),
-    lambda z, slope, inplace: F.mish(z),
+    lambda z, slope, inplace: activation.activate(activation.SILU, z, False),  # which has kernels of its own
+    lambda z, slope, inplace: activation.activate(activation.MISH, z, False),
 )
 
 

@@ -19,6 +19,7 @@ from ..activation import module as activation
 from ..conv_bn_act import blocks
 from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
+from ..core.op import Explanation
 from ..core.operator import transformed
 
 IDENTITY = ("identity", 0.0)
@@ -374,6 +375,20 @@ class Swapped:
     def members(cls, base: type) -> dict[str, Any]:
         """What the class needs beyond what it inherits."""
         return {}
+
+    def items(self) -> list[Any]:
+        """What is called first, one after another; [] where that is not known."""
+        raise NotImplementedError
+
+    def explain(self, x: Tensor) -> Explanation:
+        """What `nnfast.explain(module, x)` says: of the chain that x enters first."""
+        items, at, units, added = self.items(), 0, [], False
+        while at < len(items) and not added and (found := match(items, at)) and found.conv is not None:
+            units.append(_unit(found.conv, found.norm, found.act))
+            at, added = at + found.length, found.add is not None
+        if units:
+            return blocks.explain_units(units, x, x if added else None)
+        return Explanation("conv_bn_act", None, {}, None, ": no convolution comes first; ask of its children")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are found by no name; they are made again from the ones they stand for."""

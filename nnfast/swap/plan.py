@@ -191,6 +191,15 @@ class FusedForward(Swapped):
 
         return {"forward": fused}
 
+    def items(self) -> list[Any]:
+        """Of the part that takes the input."""
+        plan: Plan = self.__dict__["_nnfast_plan"]
+        first = plan.parts[0]
+        if not isinstance(first, Line) or first.source != 0 or not plan.holds(self):  # type: ignore[arg-type]
+            return []
+        unknown = dict.fromkeys(range(len(plan.parts) + 1))
+        return flatten(items(first.line, self, parts, unknown), parts)  # type: ignore[arg-type]
+
 
 class FusedSequential(Swapped):
     """Runs its children one after another, and chains among them at once."""
@@ -199,7 +208,11 @@ class FusedSequential(Swapped):
         """As nn.Sequential's."""
         if not eager(input):
             return super().forward(input)  # type: ignore[misc]
-        return run(flatten(self._modules.values(), parts), input)  # type: ignore[attr-defined]
+        return run(self.items(), input)
+
+    def items(self) -> list[Any]:
+        """Its children, and theirs."""
+        return flatten(self._modules.values(), parts)  # type: ignore[attr-defined]
 
 
 class FusedNorm(Swapped):
@@ -209,7 +222,11 @@ class FusedNorm(Swapped):
         """As the class's own."""
         if not (eager(x) and plain(self)):  # type: ignore[arg-type]
             return super().forward(x)  # type: ignore[misc]
-        return run(flatten(norm_parts(self), parts), x)
+        return run(self.items(), x)
+
+    def items(self) -> list[Any]:
+        """Batch norm, `drop` and `act`."""
+        return flatten(norm_parts(self), parts)
 
 
 def norm_parts(module: Any) -> list[Any]:

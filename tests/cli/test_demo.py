@@ -61,9 +61,10 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     for when in ("training step", "evaluation"):
         for op, elements in (
             ("mish", r"32, \d+" if when == "training step" else r"500, \d+"),
+            ("conv_bn_act", r"32, \d+" if when == "training step" else r"500, \d+"),
             ("silu", r"\d+"),
         ):
-            assert re.search(rf"{when} +{op} +float32\[{elements}.*\] on cpu +(cpu|aten) +\d+", text)
+            assert re.search(rf"{when} +{op} +float32\[{elements}.*\] on cpu +(cpu|aten|folded) +\d+", text)
 
     path = Path(re.findall(r"^Plot: (.*)$", text, re.M)[0])
     assert path == tmp_path / "demo-output" / "fashion-mnist.png"
@@ -145,7 +146,7 @@ def test_served_tells_what_explain_tells(small):
     with nnfast.backend("reference"):
         result = train(small, written, swapped)
     assert {key[3] for key in result.served} == {"reference"}
-    assert sum(n for key, n in result.served.items() if key[0] == "training step") == 10
+    assert sum(n for key, n in result.served.items() if key[0] == "training step") == 6 + 2 + 1
     assert any("'reference' is forced" in reason for reason in result.not_served)
 
 

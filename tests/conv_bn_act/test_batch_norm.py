@@ -16,6 +16,7 @@ from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
+from nnfast.conv_bn_act import op
 from nnfast.conv_bn_act.module import normalise
 from tests.conftest import runs
 from tests.ops import TABLE
@@ -746,3 +747,14 @@ def test_explain_module():
     assert "batch norm of batch statistics" in str(found)
     assert "batch norm of running statistics" in str(nnfast.explain(bn.eval(), torch.randn(3, 4, 2, 5)))
     assert bn.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("act", ["silu", "mish"])
+def test_torchs_batch_norm_is_followed_by_our_activation(act):
+    """torch's own mish takes several times as long as ours."""
+    x, mean = torch.randn(2, 64, 64, 64), torch.zeros(64)
+    norm = op.Norm(None, None, mean, mean + 1, False, 0.1, 1e-5)
+    with torch.profiler.profile() as profile:
+        op.BATCH_NORM_ACT.aten(x, norm, None, None, op.ACTIVATIONS[act], 0.0)
+    called = {event.name for event in profile.events()}
+    assert (f"nnfast::{act}" if nnfast.explain(act, x).backend == "cpu" else f"aten::{act}") in called

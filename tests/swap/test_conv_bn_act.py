@@ -781,3 +781,21 @@ def test_report_reads_well():
           replaced  1  torchvision.models.ResNet -> fused conv+bn+relu                                        at the model itself
         """  # noqa: E501
     )
+
+
+def test_explain_tells_of_the_chain_that_the_input_enters():
+    """Sequential, user-written block and timm's norm: what serves is what runs."""
+    conv = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Mish()]
+    model = nn.Sequential(*conv, Residual(8, 8), nn.Flatten())
+    nnfast.swap(model)
+    x, y = torch.randn(2, 3, 9, 9), torch.randn(2, 8, 9, 9)
+    training = nnfast.explain(model, x)
+    assert (training.op, training.backend) == ("conv_bn_act", "aten")
+    assert "the statistics of the batch" in str(training.reasons["folded"])
+    model.eval()
+    with torch.no_grad():
+        assert nnfast.explain(model, x).backend == nnfast.explain(model[3], y).backend == "folded"
+    nothing = nn.Sequential(nn.ReLU(), *conv)
+    nnfast.swap(nothing)
+    assert nnfast.explain(nothing, x).backend is None
+    assert "no convolution comes first" in str(nnfast.explain(nothing, x))
