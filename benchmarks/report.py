@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.runner import ROOT, Result, human, load, table
 
@@ -45,35 +46,55 @@ def selected(results: Sequence[Result]) -> list[Result]:
 def short_table(results: Sequence[Result]) -> str:
     """For the README: time, and how many times longer the others take."""
     lines = [
-        "| | served by | time | GB/s (of copy) | seed formulation | torch | torch.compile |",
+        "| | served by | time | rate (of limit) | seed formulation | torch | torch.compile |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in selected(results):
         ratios = " | ".join(f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in CONTENDERS)
         stale = " (stale)" if r.stale else ""
         time = human(r.seconds["nnfast"])
-        lines.append(
-            f"| {r.case}{stale} | {r.backend} | {time} | {r.bandwidth / 1e9:.1f} ({r.share:.0%}) | {ratios} |"
-        )
+        lines.append(f"| {r.case}{stale} | {r.backend} | {time} | {r.rate} ({r.share:.0%}) | {ratios} |")
     return "\n".join(lines)
 
 
+def pictures(results: Sequence[Result], path: Path) -> dict[Path, tuple[Callable[..., Any], list[Result]]]:
+    """File -> what draws it, and of which results: activations by size, everything else case by case."""
+    sized = [r for r in results if r.family == "activation"]
+    cases = [r for r in results if r.family != "activation" and r.dtype in README_DTYPES]
+    beside = path.with_name(f"{path.stem}-cases.png")
+    both = {path.with_suffix(".png"): (_by_size, sized), beside: (_by_case, cases)}
+    return {where: (draw, found) for where, (draw, found) in both.items() if found}
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
-    """How many times longer the others take, over the number of elements; a panel an op, direction, dtype."""
+    """How many times longer the others take."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ops = sorted({r.op for r in results if r.direction == "forward"})  # the others have no sizes to go over
+    for where, (draw, found) in pictures(results, path).items():
+        figure = draw(found, plt)
+        figure.suptitle(heading(found), fontsize=8)
+        figure.savefig(where, dpi=120)
+        plt.close(figure)
+        print(where.relative_to(ROOT))
+
+
+def _ratio_axis(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def _by_size(results: Sequence[Result], plt: Any) -> Any:
+    """A panel for each operation, direction and dtype."""
+    ops = sorted({r.op for r in results})
     columns = [(d, t) for d in ("forward", "forward+backward") for t in README_DTYPES]
+    size = (3.6 * len(columns), 3 * len(ops))
     figure, panels = plt.subplots(
-        len(ops),
-        len(columns),
-        figsize=(3.6 * len(columns), 3 * len(ops)),
-        squeeze=False,
-        sharey="row",
-        layout="constrained",
+        len(ops), len(columns), figsize=size, squeeze=False, sharey="row", layout="constrained"
     )
     for row, op in zip(panels, ops, strict=True):
         for panel, (direction, dtype) in zip(row, columns, strict=True):
@@ -81,28 +102,37 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 (r for r in results if (r.op, r.direction, r.dtype) == (op, direction, dtype)),
                 key=lambda r: r.numel,
             )
+            sizes = [r.numel for r in found]
             for name, colour in CONTENDERS.items():
-                panel.plot(
-                    [r.numel for r in found],
-                    [r.ratio(name) for r in found],
-                    "o-",
-                    ms=4,
-                    color=colour,
-                    label=name,
-                )
+                panel.plot(sizes, [r.ratio(name) for r in found], "o-", ms=4, color=colour, label=name)
             panel.axhline(1, color="black", lw=1, label="nnfast")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
-            panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
+            _ratio_axis(panel.yaxis)
             panel.set_title(f"{op} {direction}, {dtype}", fontsize=10)
             panel.grid(alpha=0.3)
         row[0].set_ylabel("time over nnfast's")
     for panel in panels[-1]:
         panel.set_xlabel("elements")
     panels[0][0].legend(fontsize=8)
-    figure.suptitle(heading(results), fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
+
+
+def _by_case(results: Sequence[Result], plt: Any) -> Any:
+    """A line for each case, a dot on it for each contender."""
+    figure, panel = plt.subplots(figsize=(11, 1.5 + 0.24 * len(results)), layout="constrained")
+    for name, colour in CONTENDERS.items():
+        found = [(r.ratio(name), at) for at, r in enumerate(results) if name in r.seconds]
+        panel.plot(*zip(*found, strict=True), "o", ms=6, color=colour, label=name)
+    panel.axvline(1, color="black", lw=1, label="nnfast")
+    panel.set_yticks(range(len(results)), [r.case for r in results], fontsize=8)
+    panel.set_ylim(len(results) - 0.5, -0.5)
+    panel.set_xscale("log", base=2)
+    _ratio_axis(panel.xaxis)
+    panel.set_xlabel("time over nnfast's")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="lower right")
+    return figure
 
 
 def write_markers(text: str, name: str, content: str) -> str:
@@ -124,8 +154,7 @@ def render() -> dict[Path, str]:
             heading(results),
             "",
             table(results),
-            "",
-            f"![{path.stem}]({path.stem}.png)",
+            *(f"\n![{picture.stem}]({picture.name})" for picture in pictures(results, path)),
         ]
     return {ROOT / "README.md": readme, FOLDER / "README.md": "\n".join(parts) + "\n"}
 
@@ -145,8 +174,7 @@ def main() -> int:
     for path, text in render().items():
         path.write_text(text)
     for path in sorted(FOLDER.glob("*.jsonl")):
-        plot(load(path), path.with_suffix(".png"))
-        print(f"{path.with_suffix('.png').relative_to(ROOT)}")
+        plot(load(path), path)
     return 0
 
 

@@ -208,9 +208,23 @@ class Result:
         return self.bytes / self.seconds["nnfast"]
 
     @property
+    def _floors(self) -> tuple[float, float]:
+        """Seconds that moving the bytes and computing the FLOPs take at the limits of this device."""
+        copy, product = self.limits["copy_bytes_per_s"], self.limits["matmul_flop_per_s"]
+        return self.bytes / copy, self.flops / product
+
+    @property
     def share(self) -> float:
-        """That bandwidth over the copy bandwidth measured in the same run."""
-        return self.bandwidth / self.limits["copy_bytes_per_s"]
+        """What is reached of the limit that lies nearer, copy bandwidth or matrix product of the same run."""
+        return max(self._floors) / self.seconds["nnfast"]
+
+    @property
+    def rate(self) -> str:
+        """GB/s, or TFLOP/s where computing takes longer than moving."""
+        moving, computing = self._floors
+        if moving >= computing:
+            return f"{self.bandwidth / 1e9:.1f} GB/s"
+        return f"{self.flops / self.seconds['nnfast'] / 1e12:.3g} TFLOP/s"
 
     def missed(self) -> list[str]:
         """The targets that this result misses, in words."""
@@ -237,7 +251,7 @@ def load(path: Path) -> list[Result]:
 
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
-    rows = [["case", "backend", "time", "GB/s", "of copy", "vs seed", "vs torch", "vs compile", "target"]]
+    rows = [["case", "backend", "time", "rate", "of limit", "vs seed", "vs torch", "vs compile", "target"]]
     for r in results:
         ratios = [
             f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in ("seed", "torch", "compile")
@@ -249,7 +263,7 @@ def table(results: Sequence[Result]) -> str:
                 r.case + stale,
                 r.backend,
                 human(r.seconds["nnfast"]),
-                f"{r.bandwidth / 1e9:.1f}",
+                r.rate,
                 f"{r.share:.0%}",
                 *ratios,
                 verdict,

@@ -50,7 +50,11 @@ def test_ratios_bandwidth_and_targets(result):
     assert result.ratio("torch") == 5.0
     assert result.bandwidth == 8e9
     assert result.share == 0.5
+    assert result.rate == "8.0 GB/s"
     assert result.missed() == ["4.00x compile, promised 4.5x"]
+    heavy = replace(result, flops=6 * 10**8)
+    assert heavy.share == pytest.approx(0.6)
+    assert heavy.rate == "0.6 TFLOP/s"
 
 
 def test_a_result_survives_its_file(result, tmp_path):
