@@ -152,11 +152,17 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.processor()} x{len(names) or 1} ({capability})"
 
 
+BUILT_ON = {"conv_bn_act": ("activation", "convolution"), "convolution": ("activation",)}
+"""Families whose kernels others run too."""
+
+
 def digest(family: str) -> str:
-    """Fingerprint of the sources that a family's figures depend on."""
+    """Fingerprint of the sources that a family's figures depend on; those of whole models, on all."""
     package = Path(nnfast.__file__).parent
     whole = hashlib.sha256()
-    for folder in (ROOT / "csrc/common", ROOT / "csrc" / family, package / "core", package / family):
+    names = ("common", "core", family, *BUILT_ON.get(family, ()))
+    folders = [place / name for name in names for place in (ROOT / "csrc", package)]
+    for folder in [ROOT / "csrc", package] if family == "models" else folders:
         for file in sorted(f for f in folder.rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".py")):
             whole.update(file.relative_to(folder.parents[1]).as_posix().encode() + b"\0" + file.read_bytes())
     return whole.hexdigest()[:16]
@@ -187,6 +193,8 @@ class Result:
     """contender -> least ratio of its time to ours that is promised."""
     limits: dict[str, float] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    """contender -> bytes at the peak of a call, where they are counted."""
     commit: str = ""
     digest: str = ""
     date: str = ""
@@ -251,11 +259,20 @@ def load(path: Path) -> list[Result]:
 
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
-    rows = [["case", "backend", "time", "rate", "of limit", "vs seed", "vs torch", "vs compile", "target"]]
+    columns = ("seed", "torch", "compile")
+    head = [
+        "case",
+        "backend",
+        "time",
+        "rate",
+        "of limit",
+        *(f"vs {name}" for name in columns),
+        "memory vs seed",
+    ]
+    rows = [[*head, "target"]]
     for r in results:
-        ratios = [
-            f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in ("seed", "torch", "compile")
-        ]
+        ratios = [f"{r.ratio(name):.2f}x" if name in r.seconds else "" for name in columns]
+        memory = f"{r.memory['nnfast'] / r.memory['seed']:.0%}" if r.memory.get("seed") else ""
         verdict = "; ".join(r.missed()) or ("met" if r.targets else "")
         stale = " (stale)" if r.stale else ""
         rows.append(
@@ -266,6 +283,7 @@ def table(results: Sequence[Result]) -> str:
                 r.rate,
                 f"{r.share:.0%}",
                 *ratios,
+                memory,
                 verdict,
             ]
         )

@@ -215,14 +215,15 @@ class Activation(Op):
 
     Attributes:
         function: torch's function, `function(x, inplace)`.
-        builtin: the same below Python, `builtin(x)`.
+        builtin, builtin_: the same below Python, `builtin(x)`, and in place.
         least: fewest elements for which it is worth asking who serves.
     """
 
-    def __init__(
-        self, name: str, function: Callable[..., Tensor], builtin: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.function, self.builtin, self.least = function, builtin, tuning.smallest(name)
+    def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
+        self.function, self.least = function, tuning.smallest(name)
+        self.builtin: Callable[[Tensor], Tensor]
+        self.builtin_: Callable[[Tensor], Tensor]
+        self.builtin, self.builtin_ = (getattr(torch._C._nn, f"{name}{end}") for end in ("", "_"))
         compiled, triton = Kernels.define(LIBRARY, name), Kernels.define(LIBRARY, name, "triton")
         self.kernels = {"cuda": compiled, "triton": triton, "cpu": compiled}
         _implement(name)
@@ -250,9 +251,12 @@ def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
     if is_compiling():
         if forced() is None:
             return op.function(x, inplace)
-    elif type(x) is Tensor and x.numel() < op.least and not inplace and forced_outside_compile() is None:
+    elif type(x) is Tensor and x.numel() < op.least and forced_outside_compile() is None:
         try:
-            return op.builtin(x)
+            if not inplace:
+                return op.builtin(x)
+            if not x.requires_grad:
+                return op.builtin_(x)
         except NotImplementedError:  # a dtype: what is needed is said below
             pass
     if type(x) is not Tensor:
@@ -271,5 +275,5 @@ def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
     return result
 
 
-SILU = Activation("silu", F.silu, torch._C._nn.silu)
-MISH = Activation("mish", F.mish, torch._C._nn.mish)
+SILU = Activation("silu", F.silu)
+MISH = Activation("mish", F.mish)
