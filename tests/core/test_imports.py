@@ -60,9 +60,12 @@ def test_arrows(path):
             inside
             <= {
                 "blocks": {"fold", "module", "op"},
+                "chunked": {"reference"},
                 "fold": set(),
                 "module": {"op"},
-                "op": {"kernels", "reference"},
+                "self_attention": {"module", "op"},
+                "positional": {"module", "op"},
+                "op": {"chunked", "kernels", "reference"},
                 "kernels": set(),
                 "reference": set(),
                 "__init__": set(),
