@@ -65,9 +65,10 @@ def test_arrows(path):
                 "module": {"op"},
                 "self_attention": {"module", "op"},
                 "positional": {"module", "op"},
-                "op": {"chunked", "kernels", "reference"},
+                "op": {"chunked", "kernels", "reference", "sdpa"},
                 "kernels": set(),
                 "reference": set(),
+                "sdpa": {"chunked", "reference"},
                 "__init__": set(),
             }[path.stem]
         )
