@@ -18,8 +18,8 @@ _BLOCK = 1 << 20
 
 
 def _rows(q: Tensor, keys: int) -> int:
-    """How many query rows a block has: a power of 2."""
-    return max(1 << (_BLOCK // max(q.shape[0] * q.shape[1] * keys, 1)).bit_length() - 1, 16)
+    """How many query rows a block has."""
+    return max(_BLOCK // max(q.shape[0] * q.shape[1] * keys, 1), 16)
 
 
 def _blocks(q: Tensor, k: Tensor, terms: Terms) -> Iterator[tuple[slice, slice, Terms, Place]]:
