@@ -247,6 +247,8 @@ def arguments(
                 "it needs [] and torch.int64"
             )
     elif seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"{_NAME}: seed is a {type(seed).__name__}; it needs an int or a torch.Tensor")
         seed = torch.tensor(seed, device=q.device)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     options = (bool(is_causal), scale, float(softcap or 0.0), left, right, float(dropout_p))
@@ -356,7 +358,7 @@ def attention(
         and _is_plain(q, k, v)
     ):
         return sdpa.plain(q, k, v, None, is_causal, scale)
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _cast(q, k, v)
     q, k, v, terms, return_lse = arguments(
         q,

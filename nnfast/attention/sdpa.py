@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.operator import transformed
-from . import chunked, reference
+from . import reference
 from .reference import Terms, wide
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -75,7 +75,7 @@ def plain(
     """Out by the kernel that torch chooses."""
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
-    return out if out.grad_fn is None or is_compiling() else _twice_differentiable(out)
+    return out if is_compiling() or out.grad_fn is None else _twice_differentiable(out)
 
 
 def _twice_differentiable(out: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _flash_on_cpu_with_lse(
         out, lse = apply(q, k, v, bias, is_causal, scale)  # type: ignore[no-untyped-call]
         return out, lse
     out, lse = _flash_on_cpu(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
-    return out if out.grad_fn is None or is_compiling() else _twice_differentiable(out), lse
+    return out if is_compiling() or out.grad_fn is None else _twice_differentiable(out), lse
 
 
 class _FlashOnCPU(torch.autograd.Function):
@@ -145,7 +145,8 @@ class _FlashOnCPU(torch.autograd.Function):
         if transformed() or requires_grad(grad_out, grad_lse, q, k, v):
             grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
         elif grad_lse is not None:  # which torch's own takes none of
-            grads = chunked.gradients(grad_out, grad_lse, q, k, v, terms, False)
+            rest = (*terms[:5], out, lse, *terms[5:])
+            grads = torch.ops.nnfast.attention_backward(grad_out, grad_lse, q, k, v, *rest, False)
         else:
             saved = (q, k, v, out, lse)
             grads = _flash_on_cpu_backward(grad_out, *saved, 0.0, is_causal, attn_mask=bias, scale=scale)

@@ -174,7 +174,7 @@ def test_philox_is_salmons():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_gradcheck_and_gradgradcheck(name, backend, small_blocks):
-    s = Shape(2, 2, 1, 3, 5, 2, 2)
+    s = Shape(1, 2, 1, 3, 4, 2, 2)
     options = call(name, s)
     inputs = [x.requires_grad_() for x in (*heads(s), *differentiable(options))]
 
@@ -441,16 +441,18 @@ def test_compile_by_inductor_with_lse():
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("name", ["plain", "causal", "mask", "padding", "bias"])
 def test_export_needs_no_nnfast(name, strict):
+    options = call(name, SMALL, torch.float32)
+
     class Module(torch.nn.Module):
         def forward(self, q, k, v):
-            return ours(q, k, v, **call(name, SMALL, torch.float32))
+            return ours(q, k, v, **options)
 
     inputs = tuple(heads(SMALL, torch.float32))
     program = torch.export.export(Module(), inputs, strict=strict)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "aten.scaled_dot_product_attention.default" in called
     assert not [name for name in called if "nnfast" in name]
-    assert_close(program.module()(*inputs), ours(*inputs, **call(name, SMALL, torch.float32)))
+    assert_close(program.module()(*inputs), ours(*inputs, **options))
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "padding causal", "window", "all"])
@@ -589,27 +591,29 @@ def test_bad_input_is_named():
 
 
 def test_opinfo(backend):
+    """Few numbers each, and scores of 100: the largest errors of all samples are compared."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     (info,) = [entry for entry in op_db if entry.name == "nn.functional.scaled_dot_product_attention"]
-    count = 0
+    errors = []
     for sample in info.sample_inputs("cpu", torch.float32, requires_grad=True):
-        q, (k, v) = sample.input, sample.args
+        inputs = q, k, v = sample.input, *sample.args
         options = dict(sample.kwargs)
         if options.get("dropout_p"):
             continue  # torch draws others
         expected = F.scaled_dot_product_attention(q, k, v, **options)
         mask = options.pop("attn_mask", None)
         grouped = options.pop("enable_gqa", False)
-        if q.dim() == 3:
+        if q.dim() == 3:  # (N, L, D): one head
             q, k, v, expected = (x.unsqueeze(1) for x in (q, k, v, expected))
         assert grouped or q.shape[1] == k.shape[1]
         given = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
         result = ours(q, k, v, **given, **options)
-        assert_close(result, expected)
+        true, _ = truth(q, k, v, **given, **options)
         upper = torch.ones_like(result)
-        assert_close(
-            *(torch.autograd.grad(x, (q, k, v), upper, retain_graph=True) for x in (result, expected))
-        )
-        count += 1
-    assert count >= 8
+        found = [(x, *torch.autograd.grad(x, inputs, upper.to(x.dtype))) for x in (result, expected, true)]
+        errors.append([(error(mine, t), error(torchs, t)) for mine, torchs, t in zip(*found, strict=True)])
+    assert len(errors) >= 8
+    for of_one in zip(*errors, strict=True):
+        mine, theirs = (max(some) for some in zip(*of_one, strict=True))
+        assert mine <= 2 * theirs + torch.finfo(torch.float32).eps
