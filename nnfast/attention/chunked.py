@@ -18,8 +18,8 @@ _BLOCK = 1 << 20
 
 
 def _rows(q: Tensor, keys: int) -> int:
-    """How many query rows a block has: a power of 2."""
-    return max(1 << (_BLOCK // max(q.shape[0] * q.shape[1] * keys, 1)).bit_length() - 1, 16)
+    """How many query rows a block has."""
+    return max(_BLOCK // max(q.shape[0] * q.shape[1] * keys, 1), 16)
 
 
 def _blocks(q: Tensor, k: Tensor, terms: Terms) -> Iterator[tuple[slice, slice, Terms, Place]]:
@@ -64,23 +64,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Ten
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same from the operator's arguments; rest: those from mask on."""
+    """Gradients of q, k, v and, if that is asked for, bias; rest: the operator's arguments from mask on."""
     *tensors, _out, _lse = rest[:7]
     *options, bias_grad = rest[7:]
     terms = Terms(*tensors, *options)  # type: ignore[arg-type]
-    return gradients(grad_out, grad_lse, q, k, v, terms, bool(bias_grad))
-
-
-def gradients(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    terms: Terms,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, if that is asked for, bias; else an empty tensor."""
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(wide(x)) for x in (k, v))  # sums over blocks
     bias = terms.bias if bias_grad else None

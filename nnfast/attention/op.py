@@ -247,6 +247,8 @@ def arguments(
                 "it needs [] and torch.int64"
             )
     elif seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"{_NAME}: seed is a {type(seed).__name__}; it needs an int or a torch.Tensor")
         seed = torch.tensor(seed, device=q.device)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     options = (bool(is_causal), scale, float(softcap or 0.0), left, right, float(dropout_p))
@@ -324,15 +326,75 @@ def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, in
 ATTENTION = Attention()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """Check the arguments and let the chosen backend run."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    window: int | tuple[int | None, int | None] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float | None,
+    seed: int | Tensor | None,
+    return_lse: bool,
+) -> Any:
+    """Check the arguments and let the chosen backend run.
+
+    Small calls without masks take torch's own at once; `ATTENTION.explain` gives the same answer with its
+    reasons.
+    """
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and window is None
+        and alibi_slopes is None
+        and not (dropout_p or softcap or return_lse)
+        and (type(q) is Tensor or is_compiling())
+        and _is_plain(q, k, v)
+    ):
+        return sdpa.plain(q, k, v, None, is_causal, scale)
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _cast(q, k, v)
-    q, k, v, terms, return_lse = arguments(q, k, v, **options)
+    q, k, v, terms, return_lse = arguments(
+        q,
+        k,
+        v,
+        mask=mask,
+        key_padding_mask=key_padding_mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        seed=seed,
+        return_lse=return_lse,
+    )
     if terms.dropout_p and terms.seed is None:
         terms = terms._replace(seed=torch.randint(1 << 62, (), device=q.device))
     out, lse = ATTENTION(q, k, v, terms, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's own serves on the CPU, at the cost of a microsecond: of one shape, nothing forced."""
+    shape = q.shape
+    return (
+        shape == k.shape == v.shape
+        and len(shape) == 4
+        and q.dtype in DTYPES
+        and q.is_cpu
+        and 0 < shape[3] <= LARGEST_HEAD
+        and (forced() if is_compiling() else forced_outside_compile()) is None
+        and 0 < q.numel() < ATTENTION.least
+        and not transformed()
+    )
 
 
 def _cast(q: Tensor, *others: Tensor) -> list[Tensor]:

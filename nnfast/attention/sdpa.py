@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.operator import transformed
-from . import chunked, reference
+from . import reference
 from .reference import Terms, wide
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -51,35 +51,79 @@ def run(
         q, k, v = (F.pad(x, (0, max(head, values) - x.shape[3])) for x in (q, k, v))
     added = _added(terms, q)
     lse = None
-    plain = added is None or not terms.is_causal
-    if q.is_cpu and not (is_compiling() and plain and not return_lse):
+    both = terms.is_causal and added is not None
+    if q.is_cpu and (return_lse or both):
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = flash_on_cpu(q, k, v, added, terms.is_causal, terms.scale)
+        out, lse = _flash_on_cpu_with_lse(q, k, v, added, terms.is_causal, terms.scale, return_lse)
         if return_lse and added is not None:
             lse = lse.masked_fill(_blind(added, q, terms.is_causal), -torch.inf)
     else:
-        if not plain:
+        if both:
             future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu_(1)
             added, terms = _hide(added, future, q.dtype), terms._replace(is_causal=False)
-        out = _sdpa(q, k, v, added, terms.is_causal, terms.scale)
+        if _avoids_cudnn(q, k, added):
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                out = plain(q, k, v, added, terms.is_causal, terms.scale)
+        else:
+            out = plain(q, k, v, added, terms.is_causal, terms.scale)
     return (out[..., :values] if head > values else out), lse
 
 
-def flash_on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Out by the kernel that torch chooses."""
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    return out if is_compiling() or out.grad_fn is None else _twice_differentiable(out)
+
+
+def _twice_differentiable(out: Tensor) -> Tensor:
+    """Out of torch's attention, whose own gradients have none."""
+    node = out.grad_fn
+    for _ in range(3):  # behind what takes padding off
+        if node is not None and type(node).__name__.startswith("ScaledDotProduct"):
+            node.register_hook(_differentiable_gradients)
+            break
+        node = node.next_functions[0][0] if node is not None and node.next_functions else None
+    return out
+
+
+def _differentiable_gradients(
+    gradients: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """Replaces the gradients of torch's kernel by the formula's where they are to be differentiated."""
+    if not torch.is_grad_enabled():
+        return None
+    node: Any = torch._C._current_autograd_node()
+    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    mask = (
+        node._saved_attn_mask
+        if hasattr(node, "_saved_attn_mask")
+        else getattr(node, "_saved_attn_bias", None)
+    )
+    boolean = mask is not None and mask.dtype == torch.bool
+    terms = Terms(mask if boolean else None, bias=None if boolean else mask, is_causal=node._saved_is_causal)
+    scale = node._saved_scale
+    terms = terms._replace(scale=q.shape[3] ** -0.5 if scale is None else scale)
+    found = reference.attention_backward(grads[0], None, q, k, v, terms)
+    return tuple(new if old is not None else None for old, new in zip(gradients, found, strict=False))
+
+
+def _flash_on_cpu_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Out and log-sum-exp, which is 0 where no key is seen."""
-    result: tuple[Tensor, Tensor]
-    if requires_grad(q, k, v):
+    if return_lse and requires_grad(q, k, v):
         apply = _FlashOnCPU.apply if is_compiling() else _flash
-        result = apply(q, k, v, bias, is_causal, scale)  # type: ignore[no-untyped-call]
-    else:
-        result = _flash_on_cpu(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
-    return result
+        out, lse = apply(q, k, v, bias, is_causal, scale)  # type: ignore[no-untyped-call]
+        return out, lse
+    out, lse = _flash_on_cpu(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
+    return out if is_compiling() or out.grad_fn is None else _twice_differentiable(out), lse
 
 
 class _FlashOnCPU(torch.autograd.Function):
-    """Torch's flash attention on the CPU."""
+    """Torch's flash attention on the CPU, with gradients through its log-sum-exp."""
 
     @staticmethod
     def forward(
@@ -101,7 +145,8 @@ class _FlashOnCPU(torch.autograd.Function):
         if transformed() or requires_grad(grad_out, grad_lse, q, k, v):
             grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
         elif grad_lse is not None:  # which torch's own takes none of
-            grads = chunked.gradients(grad_out, grad_lse, q, k, v, terms, False)
+            rest = (*terms[:5], out, lse, *terms[5:])
+            grads = torch.ops.nnfast.attention_backward(grad_out, grad_lse, q, k, v, *rest, False)
         else:
             saved = (q, k, v, out, lse)
             grads = _flash_on_cpu_backward(grad_out, *saved, 0.0, is_causal, attn_mask=bias, scale=scale)
@@ -112,75 +157,17 @@ _flash = super(torch.autograd.Function, _FlashOnCPU).apply
 """`_FlashOnCPU.apply` without its wrapper in Python, which only transforms need."""
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    grad = requires_grad(q, k, v, mask)
-    if not _avoids_cudnn(q, k, mask, grad):
-        return _choose(q, k, v, mask, is_causal, scale, grad)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return _choose(q, k, v, mask, is_causal, scale, grad)
-
-
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, grad: bool
-) -> Tensor:
-    if not grad or is_compiling():
-        return _call(q, k, v, mask, is_causal, scale)
-    result: Tensor = _SDPA.apply(q, k, v, mask, is_causal, scale)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def _avoids_cudnn(q: Tensor, k: Tensor, mask: Tensor | None, grad: bool) -> bool:
+def _avoids_cudnn(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether torch may not choose cuDNN for a call.
 
     Its gradient of q may be NaN where there is a mask and a length is 64 over a multiple of 128, or where
     there is one query (pytorch#196678, cudnn-frontend#1072), and it changes from run to run.
     """
-    if not grad or not q.is_cuda:
+    if not q.is_cuda or not torch.is_grad_enabled():
         return False
     lengths = (q.shape[2], k.shape[2])
     wrong = lengths[0] == 1 or (mask is not None and any(length % 128 == 64 for length in lengths))
     return wrong or torch.are_deterministic_algorithms_enabled()
-
-
-class _SDPA(torch.autograd.Function):
-    """Torch's choice of kernel: the graph that it makes, kept inside for the first gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.options = is_causal, scale
-        own = [x.detach().requires_grad_(x.requires_grad) for x in (q, k, v)]
-        own_mask = None if mask is None else mask.detach().requires_grad_(mask.requires_grad)
-        with torch.enable_grad():
-            out = _call(own[0], own[1], own[2], own_mask, is_causal, scale)
-        ctx.graph = [x for x in (*own, own_mask) if x is not None and x.requires_grad], out
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = ctx.saved_tensors
-        found: Any
-        if transformed() or requires_grad(grad, q, k, v, mask):
-            is_causal, scale = ctx.options
-            boolean = mask is not None and mask.dtype == torch.bool
-            terms = Terms(mask if boolean else None, bias=None if boolean else mask)
-            terms = terms._replace(is_causal=is_causal, scale=scale)
-            return *reference.attention_backward(grad, None, q, k, v, terms), None, None
-        inputs, out = ctx.graph
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        found = iter(torch.autograd.grad(out, inputs, grad, retain_graph=keep))
-        if not keep:
-            ctx.graph = None
-        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
 
 
 def _added(terms: Terms, q: Tensor) -> Tensor | None:

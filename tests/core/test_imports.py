@@ -68,7 +68,7 @@ def test_arrows(path):
                 "op": {"chunked", "kernels", "reference", "sdpa"},
                 "kernels": set(),
                 "reference": set(),
-                "sdpa": {"chunked", "reference"},
+                "sdpa": {"reference"},
                 "__init__": set(),
             }[path.stem]
         )
