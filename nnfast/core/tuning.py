@@ -118,3 +118,18 @@ def linear_chunk(rows: int, classes: int) -> int:
 CHANNELS_LAST_PIXELS = 14 * 14
 """Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
 run inside in channels_last: oneDNN's convolutions of 7x7 images are slower there."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How a Triton kernel of attention is launched: queries and keys of a tile, warps, stages of its loop."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(kernel: str, arch: str, dtype: str, head: int) -> AttentionConfig:
+    """Launch configuration of forward, grad_q, grad_kv or grad_bias for heads padded to `head`."""
+    return AttentionConfig(32, 32, 4, 2)

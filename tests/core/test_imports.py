@@ -60,11 +60,15 @@ def test_arrows(path):
             inside
             <= {
                 "blocks": {"fold", "module", "op"},
+                "chunked": {"reference"},
                 "fold": set(),
                 "module": {"op"},
-                "op": {"kernels", "reference"},
+                "self_attention": {"module", "op"},
+                "positional": {"module", "op"},
+                "op": {"chunked", "kernels", "reference", "sdpa"},
                 "kernels": set(),
                 "reference": set(),
+                "sdpa": {"reference"},
                 "__init__": set(),
             }[path.stem]
         )

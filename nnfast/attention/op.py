@@ -1,0 +1,403 @@
+"""Attention as an operation: schemas, fakes, autograd, and who can serve.
+
+Two opaque operators, and the same again as overload `triton`; arguments as in reference.py, mask expanded:
+
+    nnfast::attention(q, k, v, mask, key_padding, bias, alibi_slopes, seed, *options) -> (out, lse)
+    nnfast::attention_backward(grad_out, grad_lse, q, k, v, mask, key_padding, bias, alibi_slopes, seed,
+        out, lse, *options, bias_grad) -> (grad_q, grad_k, grad_v, grad_bias)
+
+out is laid out as (N, Lq, H, Dv), gradients as `torch.empty_like` lays them out; grad_bias is empty unless
+bias_grad. `ATTENTION`, which chooses among the backends, is differentiable in q, k, v and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..core import tuning
+from ..core.op import Backend, Op, forced, forced_outside_compile
+from ..core.operator import (
+    DTYPES,
+    LIBRARY,
+    define,
+    implement,
+    place_why_not,
+    plain_why_not,
+    size_not_worth,
+    transformed,
+)
+from . import chunked, reference, sdpa
+from .reference import Terms
+
+LARGEST_HEAD = 256
+
+_TERMS = "Tensor? mask, Tensor? key_padding, Tensor? bias, Tensor? alibi_slopes, Tensor? seed"
+_OPTIONS = "bool is_causal, float scale, float softcap, SymInt left, SymInt right, float dropout_p"
+_TENSORS = 5
+"""How many of `Terms` come first and are tensors."""
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    n, h, queries, _d = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(n, queries, h, v.shape[3]).transpose(1, 2)
+    return out, q.new_empty((n, h, queries), dtype=dtype)
+
+
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    q, k, v, bias, bias_grad = *args[:3], args[5], args[-1]
+    of_bias = torch.empty_like(bias) if bias_grad else q.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_bias
+
+
+class Kernels:
+    """The two operators on one backend."""
+
+    def __init__(self, library: torch.library.Library, overload: str = "") -> None:
+        schema = f"attention(Tensor q, Tensor k, Tensor v, {_TERMS}, {_OPTIONS}) -> (Tensor, Tensor)"
+        self.forward = define(library, schema, _fake, overload)
+        schema = (
+            "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+            f"{_TERMS}, Tensor out, Tensor lse, {_OPTIONS}, bool bias_grad) -> "
+            "(Tensor, Tensor, Tensor, Tensor)"
+        )
+        self.backward = define(library, schema, _fake_backward, overload)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> tuple[Tensor, Tensor]:
+        """Out and lse, with whatever differentiation asks for."""
+        result: tuple[Tensor, Tensor]
+        if terms.mask is not None:
+            terms = terms._replace(mask=terms.mask.expand(*q.shape[:3], k.shape[2]))
+        if sdpa.requires_grad(q, k, v, terms.bias):
+            apply = _Attention.apply if is_compiling() else _attention
+            result = apply(self, q, k, v, *terms)  # type: ignore[no-untyped-call]
+        else:
+            result = self.forward(q, k, v, *terms)
+        return result
+
+
+class _Attention(torch.autograd.Function):
+    """Out and lse. Saves the arguments and both."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = kernels.forward(*args)
+        tensors = 3 + _TENSORS
+        ctx.save_for_backward(*args[:tensors], out, lse)
+        ctx.options, ctx.kernels = args[tensors:], kernels
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, *tensors, out, lse = ctx.saved_tensors
+        bias = tensors[2]
+        bias_grad = bias is not None and ctx.needs_input_grad[6]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if transformed() or sdpa.requires_grad(grad_out, grad_lse, q, k, v, bias):
+            terms = Terms(*tensors, *ctx.options)
+            grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
+        else:
+            saved = (q, k, v, *tensors, out, lse)
+            grads = ctx.kernels.backward(grad_out, grad_lse, *saved, *ctx.options, bias_grad)
+        return None, *grads[:3], None, None, grads[3] if bias_grad else None, *[None] * 8
+
+
+_attention = super(torch.autograd.Function, _Attention).apply
+"""`_Attention.apply` without its wrapper in Python, which only transforms need."""
+
+CHUNKED = Kernels(LIBRARY)
+TRITON = Kernels(LIBRARY, "triton")
+
+
+def _in_triton(function: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from . import kernels  # type: ignore[attr-defined]  # imports triton
+
+        return getattr(kernels, function)(*args)
+
+    return call
+
+
+implement("attention", chunked.forward, _in_triton("forward"))
+implement("attention_backward", chunked.backward, _in_triton("backward"))
+
+
+def _run_aten(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    empty = not q.numel() or not k.shape[2]
+    if transformed() or empty or sdpa.requires_grad(terms.alibi_slopes):
+        return reference.attention(q, k, v, terms)
+    if sdpa.expresses(q, terms, return_lse):
+        return sdpa.run(q, k, v, terms, return_lse)
+    return CHUNKED(q, k, v, terms, return_lse)
+
+
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> tuple[Tensor, Tensor]:
+    return reference.attention(q, k, v, terms)
+
+
+def _triton_why_not(q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> list[str]:
+    reasons = place_why_not("attention", "triton", "q", q)
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", terms.bias), ("alibi_slopes", terms.alibi_slopes)):
+        if x is not None:
+            reasons += plain_why_not(name, x)
+    if terms.alibi_slopes is not None and terms.alibi_slopes.requires_grad:
+        reasons.append("alibi_slopes requires grad; our kernels give none")
+    if transformed():
+        reasons.append("a torch.func transform or forward-mode differentiation is active")
+    return reasons
+
+
+def _triton_not_worth(q: Tensor, *_: Any) -> list[str]:
+    return size_not_worth("attention", "triton", q)
+
+
+class Attention(Op):
+    """Attention; called with arguments as `arguments` makes them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "attention",
+            [
+                Backend("triton", TRITON, _triton_why_not, _triton_not_worth),
+                Backend("aten", _run_aten),
+                Backend("reference", _run_reference),
+            ],
+        )
+        self.arguments = arguments
+        self.least = tuning.smallest("attention")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the chosen backend; under torch.compile torch's own, so that Inductor sees it."""
+        if is_compiling():
+            if forced() is None:
+                return _run_aten(*args, **kwargs)
+        elif args[0].numel() < self.least and forced_outside_compile() is None:
+            return _run_aten(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def example(self, device: str) -> tuple[Any, ...]:
+        """Sixteen heads of 64 over 1024 places."""
+        return arguments(*(torch.empty(8, 16, 1024, 64, device=device) for _ in range(3)))
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    """The operation's arguments from the function's, checked."""
+    _check_heads(q, k, v)
+    shape = (*q.shape[:3], k.shape[2])
+    mask = _four("mask", mask, shape, q)
+    bias = _four("bias", bias, shape, q)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"{_NAME}: mask has dtype {mask.dtype}; it needs torch.bool, True = attend")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"{_NAME}: bias has dtype {bias.dtype}; it needs a floating-point one")
+    if key_padding_mask is not None:
+        _check_tensor("key_padding_mask", key_padding_mask, q)
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(
+                f"{_NAME}: key_padding_mask has dtype {key_padding_mask.dtype}; it needs "
+                "torch.bool, True = padding"
+            )
+        if key_padding_mask.shape != (shape[0], shape[3]):
+            raise ValueError(
+                f"{_NAME}: key_padding_mask has shape {list(key_padding_mask.shape)}; k {list(k.shape)} "
+                f"needs [{shape[0]}, {shape[3]}]"
+            )
+    if alibi_slopes is not None:
+        _check_tensor("alibi_slopes", alibi_slopes, q)
+        if alibi_slopes.shape not in (shape[1:2], shape[:2]):
+            raise ValueError(
+                f"{_NAME}: alibi_slopes has shape {list(alibi_slopes.shape)}; q {list(q.shape)} needs "
+                f"[{shape[1]}] or [{shape[0]}, {shape[1]}]"
+            )
+        alibi_slopes = reference.wide(alibi_slopes).expand(shape[:2])
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{_NAME}: dropout_p is {dropout_p}; it needs to be within [0, 1)")
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(f"{_NAME}: softcap is {softcap}; it needs to be positive, or None for none")
+    left, right = _window(window)
+    if isinstance(seed, Tensor):
+        _check_tensor("seed", seed, q)
+        if seed.dim() or seed.dtype != torch.int64:
+            raise ValueError(
+                f"{_NAME}: seed has shape {list(seed.shape)} and dtype {seed.dtype}; "
+                "it needs [] and torch.int64"
+            )
+    elif seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"{_NAME}: seed is a {type(seed).__name__}; it needs an int or a torch.Tensor")
+        seed = torch.tensor(seed, device=q.device)
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    options = (bool(is_causal), scale, float(softcap or 0.0), left, right, float(dropout_p))
+    return q, k, v, Terms(mask, key_padding_mask, bias, alibi_slopes, seed, *options), return_lse
+
+
+_NAME = "nnfast.attention"
+
+
+def _check_tensor(name: str, x: object, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_NAME}: {name} is a {type(x).__name__}; it needs a torch.Tensor")
+    if x.device != q.device:
+        raise ValueError(f"{_NAME}: {name} is on {x.device}; q is on {q.device}")
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Types, shapes, dtypes and devices of queries, keys and values."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, q)
+        if x.dim() != 4:
+            raise ValueError(
+                f"{_NAME}: {name} has shape {list(x.shape)}; it needs (N, heads, length, head dim)"
+            )
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{_NAME}: {name} has dtype {x.dtype}; it needs one of {', '.join(map(str, DTYPES))}"
+            )
+        if x.dtype != q.dtype:
+            raise TypeError(f"{_NAME}: {name} has dtype {x.dtype}; q has {q.dtype}")
+        if not 0 < x.shape[3] <= LARGEST_HEAD:
+            raise ValueError(
+                f"{_NAME}: {name} has shape {list(x.shape)}; its head dim needs to be "
+                f"within [1, {LARGEST_HEAD}]"
+            )
+    shapes = f"q has shape {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"{_NAME}: {shapes}; k and v need the same N, heads and length")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{_NAME}: {shapes}; q and k need the same N and head dim")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{_NAME}: {shapes}; k's heads need to divide q's")
+
+
+def _four(name: str, x: Tensor | None, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
+    """A mask or bias with four dimensions, of size 1 where it is broadcast."""
+    if x is None:
+        return None
+    _check_tensor(name, x, q)
+    sizes = (1,) * (4 - x.dim()) + x.shape
+    if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"{_NAME}: {name} has shape {list(x.shape)}; it needs to broadcast to (N, heads, queries, "
+            f"keys) = {list(shape)}"
+        )
+    x = x.view(sizes) if x.dim() < 4 else x
+    for dim in range(4):
+        if x.stride(dim) == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """How many keys left and right of its own a query sees; -1 for all."""
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
+        raise ValueError(
+            f"{_NAME}: window is {window!r}; it needs to be a number of keys, or (left, "
+            "right) with None for all"
+        )
+    left, right = (-1 if side is None else side for side in sides)
+    return left, right
+
+
+ATTENTION = Attention()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    window: int | tuple[int | None, int | None] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float | None,
+    seed: int | Tensor | None,
+    return_lse: bool,
+) -> Any:
+    """Check the arguments and let the chosen backend run.
+
+    Small calls without masks take torch's own at once; `ATTENTION.explain` gives the same answer with its
+    reasons.
+    """
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and window is None
+        and alibi_slopes is None
+        and not (dropout_p or softcap or return_lse)
+        and (type(q) is Tensor or is_compiling())
+        and _is_plain(q, k, v)
+    ):
+        return sdpa.plain(q, k, v, None, is_causal, scale)
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _cast(q, k, v)
+    q, k, v, terms, return_lse = arguments(
+        q,
+        k,
+        v,
+        mask=mask,
+        key_padding_mask=key_padding_mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        seed=seed,
+        return_lse=return_lse,
+    )
+    if terms.dropout_p and terms.seed is None:
+        terms = terms._replace(seed=torch.randint(1 << 62, (), device=q.device))
+    out, lse = ATTENTION(q, k, v, terms, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's own serves on the CPU, at the cost of a microsecond: of one shape, nothing forced."""
+    shape = q.shape
+    return (
+        shape == k.shape == v.shape
+        and len(shape) == 4
+        and q.dtype in DTYPES
+        and q.is_cpu
+        and 0 < shape[3] <= LARGEST_HEAD
+        and (forced() if is_compiling() else forced_outside_compile()) is None
+        and 0 < q.numel() < ATTENTION.least
+        and not transformed()
+    )
+
+
+def _cast(q: Tensor, *others: Tensor) -> list[Tensor]:
+    """Tensors as autocast has them for `F.scaled_dot_product_attention`."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return [x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in (q, *others)]

@@ -1,0 +1,211 @@
+"""Attention in plain PyTorch: the truth of the tests, the `reference` backend, and double backward.
+
+    s = scale * q k^T;  s = softcap * tanh(s / softcap);  s = s - slope * |i + Lk - Lq - j| + bias
+    p = softmax over the keys j that query i sees;  out = dropout(p) v;  lse = log(sum_j exp(s_ij))
+
+Vaswani et al. 2017 (arXiv:1706.03762); grouped heads: Ainslie et al. 2023 (arXiv:2305.13245); linear biases:
+Press et al. 2021 (arXiv:2108.12409). A query that sees no key gives 0, and lse = -inf.
+
+q: (N, H, Lq, D), k: (N, Hk, Lk, D), v: (N, Hk, Lk, Dv); query head h reads key head h // (H // Hk).
+Half types are computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.op import describe
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+
+
+class Terms(NamedTuple):
+    """What enters the probabilities beside q and k, in the order of the operators' arguments."""
+
+    mask: Tensor | None = None
+    """Bool, broadcastable to (N, H, Lq, Lk); True = seen."""
+    key_padding: Tensor | None = None
+    """Bool (N, Lk); True = unseen."""
+    bias: Tensor | None = None
+    """Floating, broadcastable to (N, H, Lq, Lk)."""
+    alibi_slopes: Tensor | None = None
+    """(N, H)."""
+    seed: Tensor | None = None
+    """Of dropout: int64 ()."""
+    is_causal: bool = False
+    scale: float = 1.0
+    softcap: float = 0.0
+    """0 = none."""
+    left: int = -1
+    """How many keys before its own a query sees; -1 = all."""
+    right: int = -1
+    """The same behind it."""
+    dropout_p: float = 0.0
+
+    def __repr__(self) -> str:
+        default = Terms()._asdict()
+        given = {
+            name: x for name, x in self._asdict().items() if x is not default[name] and x != default[name]
+        }
+        return describe((), given)[1:-1]
+
+
+class Place(NamedTuple):
+    """Where a block of the scores lies in the whole of them."""
+
+    row: int = 0
+    """Its first query."""
+    column: int = 0
+    """Its first key."""
+    keys_more: int | None = None
+    """Lk - Lq of the whole; None if the block is the whole."""
+
+
+WHOLE = Place()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype it is computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four random 32-bit words, in int64.
+
+    key: 64 bits in an int64 scalar. counter: its first three words, of shapes that broadcast; the last is 0.
+    """
+    low, high = key & _WORD, (key >> 32) & _WORD
+    a, b, c = counter
+    d = torch.zeros_like(c)
+    for _ in range(_ROUNDS):
+        first, second = _MULTIPLIERS[0] * a, _MULTIPLIERS[1] * c  # products wrap, which keeps their 64 bits
+        a, c = (second >> 32 & _WORD) ^ b ^ low, (first >> 32 & _WORD) ^ d ^ high
+        b, d = second & _WORD, first & _WORD
+        low, high = low + _KEY_STEPS[0] & _WORD, high + _KEY_STEPS[1] & _WORD
+    return a, b, c, d
+
+
+def kept(seed: Tensor, dropout_p: float, shape: torch.Size, place: Place = WHOLE) -> Tensor:
+    """Which of the probabilities (N, H, Lq, Lk) dropout keeps: those with a word of at least p * 2**32.
+
+    Four keys side by side share a counter, (j // 4, i, n * H + h), and take a word each.
+    """
+    n, h, rows, columns = shape
+    start = place.column // 4
+    stop = (place.column + columns + 3) // 4
+    counter = (
+        torch.arange(start, stop, device=seed.device),
+        torch.arange(place.row, place.row + rows, device=seed.device)[:, None],
+        torch.arange(n * h, device=seed.device).view(n, h, 1, 1),
+    )
+    keep = torch.stack(torch.broadcast_tensors(*philox(seed, counter)), -1) >= int(dropout_p * 2**32)
+    return keep.flatten(-2)[..., place.column - 4 * start :][..., :columns]
+
+
+def unseen(q: Tensor, k: Tensor, terms: Terms, place: Place = WHOLE) -> Tensor | None:
+    """Which keys a query does not see, broadcastable to (N, H, Lq, Lk); None if it sees all."""
+    parts = [] if terms.mask is None else [~terms.mask]
+    if terms.key_padding is not None:
+        parts.append(terms.key_padding[:, None, None])
+    if terms.is_causal or terms.left >= 0 or terms.right >= 0:
+        behind = _behind(q, k, place)
+        if terms.left >= 0:
+            parts.append(behind > terms.left)
+        if terms.is_causal or terms.right >= 0:
+            parts.append(behind < (0 if terms.is_causal else -terms.right))
+    result = None
+    for part in parts:
+        result = part if result is None else result | part
+    return result
+
+
+def _behind(q: Tensor, k: Tensor, place: Place) -> Tensor:
+    """i - j, by how much a key lies behind a query: (Lq, Lk)."""
+    i = torch.arange(place.row, place.row + q.shape[2], device=q.device)
+    j = torch.arange(place.column, place.column + k.shape[2], device=q.device)
+    return i[:, None] - j
+
+
+def _for_query_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values (N, Hk, Lk, D) as (N, H, Lk, D), in the compute dtype."""
+    groups = q.shape[1] // x.shape[1]
+    return wide(x) if groups == 1 else wide(x).repeat_interleave(groups, 1)
+
+
+def _for_key_heads(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of keys or values x from that of `_for_query_heads`."""
+    groups = grad.shape[1] // x.shape[1]
+    return (grad if groups == 1 else grad.unflatten(1, (x.shape[1], groups)).sum(2)).to(x.dtype)
+
+
+class _Softmax(NamedTuple):
+    """What the scores come to: (N, H, Lq, Lk), but for log_sum_exp: (N, H, Lq)."""
+
+    p: Tensor
+    log_sum_exp: Tensor
+    factor: Tensor | None
+    """Dropout's: 0 or 1 / (1 - dropout_p)."""
+    slope: Tensor | None
+    """The derivative of the soft cap."""
+
+
+def _softmax(q: Tensor, k: Tensor, terms: Terms, place: Place) -> _Softmax:
+    s = (wide(q) * terms.scale) @ _for_query_heads(k, q).mT
+    slope = factor = None
+    if terms.softcap:
+        t = torch.tanh(s / terms.softcap)
+        s, slope = terms.softcap * t, 1 - t * t
+    if terms.alibi_slopes is not None:
+        keys_more = k.shape[2] - q.shape[2] if place.keys_more is None else place.keys_more
+        away = (_behind(q, k, place) + keys_more).abs()
+        s = s - terms.alibi_slopes.to(s.dtype)[:, :, None, None] * away
+    if terms.bias is not None:
+        s = s + terms.bias.to(s.dtype)
+    hidden = unseen(q, k, terms, place)
+    if hidden is not None:
+        s = s.masked_fill(hidden, -torch.inf)
+    blind = (s == -torch.inf).all(-1, keepdim=True)  # softmax and its gradient would be NaN there
+    s = s.masked_fill(blind, 0.0)
+    p = torch.softmax(s, -1).masked_fill(blind, 0.0)
+    log_sum_exp = torch.logsumexp(s, -1).masked_fill(blind.squeeze(-1), -torch.inf)
+    if terms.dropout_p and terms.seed is not None:
+        factor = kept(terms.seed, terms.dropout_p, s.shape, place).to(s.dtype) / (1 - terms.dropout_p)
+    return _Softmax(p, log_sum_exp, factor, slope)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms, place: Place = WHOLE) -> tuple[Tensor, Tensor]:
+    """Out: (N, H, Lq, Dv) in q's dtype, and log-sum-exp: (N, H, Lq) in the compute dtype."""
+    p, log_sum_exp, factor, _ = _softmax(q, k, terms, place)
+    p = p if factor is None else p * factor
+    return (p @ _for_query_heads(v, q)).to(q.dtype), log_sum_exp
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Terms,
+    place: Place = WHOLE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and bias, of their shapes and dtypes; differentiable."""
+    p, _, factor, slope = _softmax(q, k, terms, place)
+    grad = wide(grad_out)
+    grad_v = (p if factor is None else p * factor).mT @ grad
+    grad_p = grad @ _for_query_heads(v, q).mT
+    grad_p = grad_p if factor is None else grad_p * factor
+    inner = (grad_p * p).sum(-1, keepdim=True)
+    grad_s = p * (grad_p - (inner if grad_lse is None else inner - wide(grad_lse).unsqueeze(-1)))
+    bias = terms.bias
+    grad_bias = None if bias is None else grad_s.sum_to_size(bias.shape).to(bias.dtype)
+    grad_s = grad_s if slope is None else grad_s * slope
+    grad_q = (grad_s @ _for_query_heads(k, q) * terms.scale).to(q.dtype)
+    grad_k = grad_s.mT @ (wide(q) * terms.scale)
+    return grad_q, _for_key_heads(grad_k, k), _for_key_heads(grad_v, v), grad_bias
