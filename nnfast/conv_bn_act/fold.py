@@ -27,8 +27,8 @@ _SHAPES = 4
 """Shapes of input for which reordered weights are kept."""
 
 _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 16, 1 << 15
-"""Weights that oneDNN reorders at every call, and elements to which a residual is added afterwards, in the time
-by which `mkldnn::_convolution_pointwise` takes longer to call than torch.conv2d: 15 to 40 us."""
+"""Weights that oneDNN reorders at every call, and elements to which a residual is added afterwards, in the
+time by which `mkldnn::_convolution_pointwise` takes longer to call than torch.conv2d: 15 to 40 us."""
 
 
 class Folded:
