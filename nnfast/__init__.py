@@ -2,6 +2,8 @@
 
 from . import functional
 from .activation.module import Mish, SiLU, Swish
+from .attention.multihead import MultiheadAttention
+from .attention.self_attention import SelfAttention
 from .conv_bn_act.blocks import BasicBlock, Bottleneck, ConvBNAct, ResidualBlock
 from .conv_bn_act.module import BatchNormAct2d, convert_sync_batchnorm
 from .core.op import BackendError, Explanation, backend, explain
@@ -20,7 +22,9 @@ __all__ = [
     "FocalLoss",
     "LinearFocalLoss",
     "Mish",
+    "MultiheadAttention",
     "ResidualBlock",
+    "SelfAttention",
     "SiLU",
     "SigmoidFocalLoss",
     "Swish",

@@ -20,6 +20,7 @@ from ..activation.module import Mish, SiLU
 from ..core import tuning
 from ..core.op import Backend, Explanation, Op, describe, forced
 from ..core.operator import transformed
+from ..core.snapshot import hooked
 from . import fold
 from .module import _norm as norm_of
 from .module import activation_code, batch_norm_act, normalise
@@ -425,7 +426,7 @@ def _activate(unit: Unit, y: Tensor) -> Tensor:
 
 def _parts(shortcut: nn.Module) -> tuple[Unit, ...] | None:
     """The convolution and batch norm that a shortcut consists of; () if empty, None if it is neither."""
-    if type(shortcut) is not nn.Sequential or fold.hooked(shortcut) or "forward" in vars(shortcut):
+    if type(shortcut) is not nn.Sequential or hooked(shortcut) or "forward" in vars(shortcut):
         return None
     children = list(shortcut)
     if not children:
@@ -452,7 +453,7 @@ def _known(unit: Unit) -> tuple[str, float] | None:
     if isinstance(act, str):
         return act, unit.slope
     name = _ACTIVATIONS.get(type(act))
-    if name is None or fold.hooked(act) or "forward" in vars(act):
+    if name is None or hooked(act) or "forward" in vars(act):
         return None
     return name, getattr(act, "negative_slope", 0.01)
 

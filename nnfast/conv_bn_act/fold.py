@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ..activation.module import mish, silu
 from ..core.operator import plain_why_not
-
-Source = Tensor | None
+from ..core.snapshot import Snapshot, Source, hooked
 
 _SHAPES = 4
 """Shapes of input for which reordered weights are kept."""
@@ -37,15 +36,14 @@ class Folded:
     Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
-    __slots__ = ("bias", "eps", "probes", "reordered", "sources", "states", "weight")
+    __slots__ = ("bias", "eps", "reordered", "snapshot", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
-        self.sources = _sources(conv, bn)
-        self.states = [_state(t) for t in self.sources]  # first: what changes meanwhile is seen later
+        sources = _sources(conv, bn)
+        self.snapshot = Snapshot(sources)  # first: what changes meanwhile is seen later
         self.eps: float = bn.eps  # type: ignore[assignment]
-        weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in self.sources)
+        weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in sources)
         with torch.inference_mode(False), torch.no_grad():
-            self.probes = [_probe(t) for t in self.sources[:6]]
             scale = (var.double() + self.eps).rsqrt()  # type: ignore[union-attr]
             scale = scale if gamma is None else scale * gamma
             shift = -mean.double() if bias is None else bias.double() - mean  # type: ignore[union-attr,operator]
@@ -55,10 +53,7 @@ class Folded:
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
-        for now, then, state in zip(_sources(conv, bn), self.sources, self.states, strict=True):
-            if now is not then or (now is not None and _state(now) != state):
-                return False
-        return self.eps == bn.eps and all(probe is None or torch.equal(*probe) for probe in self.probes)
+        return self.eps == bn.eps and self.snapshot.holds(_sources(conv, bn))
 
     def reorder(self, conv: nn.Conv2d, padding: Any, shape: torch.Size) -> Tensor:
         """The weight in oneDNN's own order for inputs of a shape, the first time it is asked for."""
@@ -108,22 +103,6 @@ def _sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
     )
 
 
-def _state(source: Source) -> tuple[int, int] | None:
-    """What changes when a tensor's values do."""
-    return None if source is None else (source._version, source.data_ptr())
-
-
-def _probe(source: Source) -> tuple[Tensor, Tensor] | None:
-    """A few elements and what they are now: not all writes move the version counter, as those to `.data`."""
-    if source is None or not source.is_cpu or not source.numel():
-        return None
-    flat = (
-        source.data.flatten() if source.is_contiguous() else source.data.as_strided((source.numel(),), (1,))
-    )
-    view = flat[:: max(flat.numel() // 32, 1)]
-    return view, view.clone()
-
-
 # --- who can be folded --------------------------------------------------------------------------------------
 
 _CONVS = (nn.Conv2d,)
@@ -138,17 +117,6 @@ def plain_conv(conv: nn.Module) -> bool:
 def plain_norm(bn: nn.Module) -> bool:
     """Calling it does what nn.BatchNorm2d or nn.SyncBatchNorm does, and nothing else."""
     return not _unplain("bn", bn, _NORMS)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Somebody watches the module's calls."""
-    state = vars(module)
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    )
 
 
 def _unplain(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:

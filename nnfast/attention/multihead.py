@@ -1,0 +1,299 @@
+"""nn.MultiheadAttention's drop-in: one packed projection, and attention on strided views of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.op import BackendError, Explanation, describe, forced
+from ..core.operator import DTYPES
+from . import op
+
+_NAME = "nnfast.MultiheadAttention"
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention: constructor, parameters, state_dict and results are its own.
+
+    Calls with need_weights=False are served by nnfast's attention: memory is linear in the lengths, no mask is
+    made of heads x Lq x Lk. What asks for the weights, nested tensors, and what torch refuses, is torch's:
+    `nnfast.explain(module, query, key, value, ...)` says why. Two things differ: a query that sees no key gives
+    out_proj's bias on every device, where torch may give NaN; and dropout drops other elements.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
+    """
+
+    nnfast_op = "attention"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention takes and gives them.
+
+        Args:
+            query: (Lq, N, E), (N, Lq, E) if batch_first, or unbatched (Lq, E).
+            key: (Lk, N, kdim), likewise.
+            value: (Lk, N, vdim), likewise.
+            key_padding_mask: (N, Lk), or (Lk,) unbatched; bool, True = not attended, or floating, added.
+            need_weights: also return the weights, which takes torch's slower path.
+            attn_mask: (Lq, Lk) or (N * heads, Lq, Lk); bool, True = not attended, or floating, added.
+            average_attn_weights: average the weights over the heads.
+            is_causal: a promise that attn_mask is causal.
+
+        Returns:
+            The output, shaped like query, and the weights or None.
+
+        Raises:
+            What nn.MultiheadAttention does.
+            BackendError: if a forced backend cannot serve.
+        """
+        reasons = _torchs_reasons(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        )
+        if reasons:
+            if (name := forced()) not in (None, "aten"):
+                call = describe((query, key, value), {})
+                why = "\n".join(f"  {name}: {reason}" for reason in reasons)
+                raise BackendError(f"{_NAME}: backend {name!r} is forced and cannot serve {call}\n{why}")
+            result: tuple[Tensor, Tensor | None] = super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+            return result
+        q, k, v, options = _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        out: Tensor = op.attention(q, k, v, **options)
+        batched = query.dim() == 3
+        # (N, H, Lq, D), of which (N, Lq, H, D) is contiguous
+        out = out.transpose(1, 2) if self.batch_first or not batched else out.permute(2, 0, 1, 3)
+        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return (out if batched else out.squeeze(0)), None
+
+    def explain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Explanation:
+        """What `nnfast.explain` says of a call."""
+        reasons = _torchs_reasons(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        )
+        if reasons:
+            backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
+            call = describe((query, key, value), {})
+            return Explanation("attention", "aten", {**backends, "aten": []}, forced(), call)
+        q, k, v, options = _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        return op.ATTENTION.explain(*op.arguments(q, k, v, **options))
+
+
+class _Sizes(NamedTuple):
+    """Of a call."""
+
+    batch: int
+    queries: int
+    keys: int
+
+
+def _sizes(m: nn.MultiheadAttention, query: Tensor, key: Tensor) -> _Sizes:
+    if query.dim() == 2:
+        return _Sizes(1, query.shape[0], key.shape[0])
+    if m.batch_first:
+        return _Sizes(query.shape[0], query.shape[1], key.shape[1])
+    return _Sizes(query.shape[1], query.shape[0], key.shape[0])
+
+
+def _torchs_reasons(
+    m: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> list[str]:
+    """Why a call is torch's."""
+    if need_weights:
+        return ["need_weights is True, and fused attention never has the weights"]
+    given = [query, key, value, *(x for x in (key_padding_mask, attn_mask) if x is not None)]
+    if any(type(x) is not Tensor and type(x) is not nn.Parameter for x in given):
+        return ["an input is no plain tensor"]
+    if any(x.is_nested for x in given):
+        return ["an input is a nested tensor"]
+    weights = [w for w in _weights(m) if w is not None]
+    if any(type(w) is not Tensor and type(w) is not nn.Parameter for w in weights):
+        return ["a parameter is no plain tensor"]
+    if any(x.dtype not in DTYPES for x in given[:3]):
+        return [f"query has dtype {query.dtype}; attention takes {', '.join(map(str, DTYPES))}"]
+    if m.head_dim > op.LARGEST_HEAD:
+        return [f"the head dim is {m.head_dim}; attention takes up to {op.LARGEST_HEAD}"]
+    reasons = []
+    if is_causal and attn_mask is None:
+        reasons.append("is_causal needs attn_mask")
+    if any(x.device != query.device for x in (*given, *weights)):
+        reasons.append("inputs and parameters are on several devices")
+    if not torch.is_autocast_enabled(query.device.type) and any(
+        x.dtype != query.dtype for x in (key, value, *weights)
+    ):
+        reasons.append("query, key, value and the parameters have several dtypes")
+    return reasons or _shape_reasons(m, query, key, value, key_padding_mask, attn_mask)
+
+
+def _shape_reasons(
+    m: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> list[str]:
+    """What torch has an error for."""
+    dims = query.dim()
+    if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
+        return ["query, key and value need all to be 3-D, or all 2-D"]
+    if query.shape[-1] != m.embed_dim or key.shape[-1] != m.kdim or value.shape[-1] != m.vdim:
+        return [f"embed_dim is {m.embed_dim}, kdim {m.kdim}, vdim {m.vdim}; the inputs have others"]
+    n, queries, keys = _sizes(m, query, key)
+    if key.shape[:-1] != value.shape[:-1] or (dims == 3 and key.shape[1 - m.batch_first] != n):
+        return ["query, key and value need the same batch, key and value the same length"]
+    if key_padding_mask is not None:
+        shape = (n, keys) if dims == 3 else (keys,)
+        if key_padding_mask.shape != shape or not _is_mask(key_padding_mask):
+            return [f"key_padding_mask needs to be bool or floating, of shape {list(shape)}"]
+    if attn_mask is not None:
+        shapes = (queries, keys), (n * m.num_heads, queries, keys)
+        if attn_mask.shape not in shapes or not _is_mask(attn_mask):
+            return [f"attn_mask needs to be bool or floating, of shape {' or '.join(map(str, shapes))}"]
+    return []
+
+
+def _is_mask(x: Tensor) -> bool:
+    return x.dtype == torch.bool or x.is_floating_point()
+
+
+def _weights(m: nn.MultiheadAttention) -> tuple[Tensor | None, ...]:
+    separate = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    packed = (m.in_proj_weight,) if m._qkv_same_embed_dim else separate
+    return *packed, m.in_proj_bias, m.bias_k, m.bias_v, m.out_proj.weight, m.out_proj.bias
+
+
+# --- the arguments of attention -----------------------------------------------------------------------------
+
+
+def _arguments(
+    m: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Queries, keys and values (N, H, L, D), and the options that `op.attention` takes."""
+    sizes = _sizes(m, query, key)
+    q, k, v = _projected(m, query, key, value)
+    where = 0 if query.dim() == 2 else int(m.batch_first)  # the length's dimension
+    extra = 0
+    if m.bias_k is not None:
+        assert m.bias_v is not None
+        one = [*k.shape[:-2]]
+        one[where] = 1
+        k = torch.cat([k, m.bias_k.to(k.dtype).view(*k.shape[-2:]).expand(*one, -1, -1)], where)
+        v = torch.cat([v, m.bias_v.to(v.dtype).view(*v.shape[-2:]).expand(*one, -1, -1)], where)
+        extra += 1
+    if m.add_zero_attn:
+        k = torch.cat([k, torch.zeros_like(k.narrow(where, 0, 1))], where)
+        v = torch.cat([v, torch.zeros_like(v.narrow(where, 0, 1))], where)
+        extra += 1
+    causal = is_causal and key_padding_mask is None
+    mask, bias = _masks(m, None if causal else attn_mask, sizes)
+    padding = None
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.view(sizes.batch, sizes.keys)
+        if key_padding_mask.dtype == torch.bool:
+            padding = key_padding_mask
+        else:
+            added = key_padding_mask[:, None, None]
+            bias = added if bias is None else bias + added
+    if extra:
+        mask = None if mask is None else F.pad(mask, (0, extra), value=True)
+        bias = None if bias is None else F.pad(bias, (0, extra))
+        padding = None if padding is None else F.pad(padding, (0, extra), value=False)
+    options = {
+        "mask": mask,
+        "bias": bias,
+        "key_padding_mask": padding,
+        "is_causal": causal,
+        "dropout_p": m.dropout if m.training else 0.0,
+    }
+    if query.dim() == 2:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    else:
+        order = (0, 2, 1, 3) if m.batch_first else (1, 2, 0, 3)
+        q, k, v = (x.permute(order) for x in (q, k, v))
+    return q, k, v, options
+
+
+def _masks(
+    m: nn.MultiheadAttention, attn_mask: Tensor | None, sizes: _Sizes
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mask, True = attend, or a bias."""
+    if attn_mask is None:
+        return None, None
+    if attn_mask.dim() == 3:
+        attn_mask = attn_mask.view(sizes.batch, m.num_heads, sizes.queries, sizes.keys)
+    return (~attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+
+
+def _projected(
+    m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with their features as (H, D), as few products as there are inputs."""
+    heads = (m.num_heads, m.head_dim)
+    bias = m.in_proj_bias
+    if not m._qkv_same_embed_dim:
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        weights = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, heads)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        return q, k, v
+    weight = m.in_proj_weight
+    if key is value:
+        if query is key:
+            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+            return q, k, v
+        parts = (m.embed_dim, 2 * m.embed_dim)
+        of_query, of_both = weight.split(parts)
+        b_query, b_both = (None, None) if bias is None else bias.split(parts)
+        k, v = F.linear(key, of_both, b_both).unflatten(-1, (2, *heads)).unbind(-3)
+        return F.linear(query, of_query, b_query).unflatten(-1, heads), k, v
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, heads)
+        for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
+    )
+    return q, k, v
