@@ -52,8 +52,8 @@ def attention(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        out: (N, H, Lq, Dv) in q's dtype, such that `out.transpose(1, 2)` is contiguous. With return_lse (out,
-        lse), lse: (N, H, Lq) in float32, or float64 for float64. Both are differentiable in q, k, v and bias.
+        out: (N, H, Lq, Dv) in q's dtype. With return_lse (out, lse), lse: (N, H, Lq) in float32, or float64
+        for float64. Both are differentiable in q, k, v and bias.
 
     Raises:
         TypeError: for a wrong type or dtype.

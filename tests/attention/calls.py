@@ -134,7 +134,9 @@ def torchs(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
     if hidden is not None:
         added = added.masked_fill(hidden, -torch.inf)
     if not terms.softcap and not terms.dropout_p:
-        return F.scaled_dot_product_attention(q, k, v, added, scale=terms.scale)
+        values = v.shape[3]  # its fused kernels take one head dim, and round otherwise than its formula
+        q, k, v = (F.pad(x, (0, max(q.shape[3], values) - x.shape[3])) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, added, scale=terms.scale)[..., :values]
     s = (q * terms.scale) @ k.mT
     s = terms.softcap * torch.tanh(s / terms.softcap) if terms.softcap else s
     p = torch.softmax((s + added).nan_to_num(neginf=torch.finfo(q.dtype).min), -1)
