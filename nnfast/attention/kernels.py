@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.triton import architecture, one_minus_exp, tl, triton, wide
+from ..core.triton import TensorDescriptor, architecture, one_minus_exp, tl, triton, wide
 from ..core.tuning import AttentionConfig, attention_config
 
 LOG2_E = math.log2(math.e)
@@ -46,12 +46,12 @@ def _tile(
 ):
     """BLOCK rows of matrix (n, h) from row `start` on, zero outside; EDGE: some may be."""
     if DESCRIPTOR:
-        tile = x_ptr.load([n.to(tl.int32), h.to(tl.int32), start, 0]).reshape([BLOCK, BLOCK_D])
+        tile = x_ptr.load([tl.cast(n, tl.int32), tl.cast(h, tl.int32), start, 0]).reshape([BLOCK, BLOCK_D])
     else:
         row = tl.arange(0, BLOCK)[:, None]
         d = tl.arange(0, BLOCK_D)[None, :]
         origin = x_ptr + n * x_n + h * x_h + tl.cast(start, tl.int64) * x_row
-        pointers = origin + (row.to(tl.int64) * x_row + d)
+        pointers = origin + (row * x_row + d)
         if EDGE and D < BLOCK_D:
             tile = tl.load(pointers, mask=(start + row < length) & (d < D), other=0.0)
         elif EDGE:
@@ -894,9 +894,13 @@ def grad_bias_kernel(
     tl.store(partial_ptr + ((matrix * of_m + i) * of_k + j), total, mask=(i < of_m) & (j < of_k))
 
 
+FAR = 1 << 23
+"""Elements between rows from which those of a tile could be further apart than 32 bits tell."""
+
+
 def _innermost(x: Tensor) -> Tensor:
-    """x, or a copy, with elements of a row side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x, or a copy, with elements of a row side by side, and rows not FAR apart."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < FAR else x.contiguous()
 
 
 def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -958,32 +962,76 @@ class _Call:
             "BLOCK_D": max(triton.next_power_of_2(d), 16),
             "BLOCK_DV": max(triton.next_power_of_2(dv), 16),
         }
-        self.raw = not softcap and bias is None and alibi_slopes is None and scale > 0
+        plain_scores = not softcap and bias is None and alibi_slopes is None
+        self.raw = plain_scores and scale > 0
+        self.kind = "dropout" if dropout_p else "plain" if plain_scores and mask is None else "terms"
+        self.dtype = "tf32" if self.options["PRECISION"] == "tf32" else str(q.dtype).removeprefix("torch.")
 
-    def config(self, kernel: str) -> AttentionConfig:
+    def described(self, x: Tensor) -> bool:
+        """Whether Hopper's and Blackwell's copy engine takes x: (N, H, L, D)."""
+        if x.element_size() != 2 or x.data_ptr() % 16 or not x.numel():
+            return False
+        return all(stride and stride * 2 % 16 == 0 for stride in x.stride()[:3])
+
+    def launch(self, kernel: Any, *arguments: Any, by_key: bool = False, **options: Any) -> None:
+        """Run a kernel on q, k, v, what is shared, and its own arguments; by_key: the loop is over queries.
+
+        What its loop reads goes through descriptors if both can.
+        """
+        q, k, v = self.q, self.k, self.v
+        looped = (q, arguments[0]) if by_key else (k, v)
+        arch = architecture(q.device)
+        descriptors = arch in ("sm_90", "sm_100") and all(map(self.described, looped))
+        if arch != "gfx942" and not descriptors:
+            arch = "sm_80"
+        config = self.config(kernel, arch)
+        if by_key:
+            programs = self.n * k.shape[1] * triton.cdiv(self.keys, config.block_n)
+        else:
+            programs = self.n * self.heads * triton.cdiv(self.queries, config.block_m)
+        if not programs:
+            return
+        if descriptors:
+            rows = config.block_m if by_key else config.block_n
+            first, second = (
+                TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.options[d]])
+                for x, d in zip(looped, ("BLOCK_D", "BLOCK_DV"), strict=True)
+            )
+            if by_key:
+                q, arguments = first, (second, *arguments[1:])
+            else:
+                k, v = first, second
+        self.run(kernel, programs, config, q, k, v, *arguments, DESCRIPTOR=descriptors, **options)
+
+    def config(self, kernel: Any, arch: str) -> AttentionConfig:
         """How a kernel is launched here."""
         head = max(self.options["BLOCK_D"], self.options["BLOCK_DV"])
-        precision = "tf32" if self.options["PRECISION"] == "tf32" else str(self.q.dtype)[6:]
-        return attention_config(kernel, architecture(self.q.device), precision, head)
+        return attention_config(kernel.__name__.removesuffix("_kernel"), arch, self.dtype, head, self.kind)
 
-    def launch(
-        self, kernel: Any, programs: int, config: AttentionConfig, *arguments: Any, **options: Any
+    def run(
+        self,
+        kernel: Any,
+        programs: int,
+        config: AttentionConfig,
+        q: Any,
+        k: Any,
+        v: Any,
+        *arguments: Any,
+        **options: Any,
     ) -> None:
-        """Run a kernel on q, k, v, what is shared, and its own arguments."""
-        if programs:
-            tensors = (x for t in (self.q, self.k, self.v) for x in (t, *t.stride()[:3]))
-            kernel[(programs,)](
-                *tensors,
-                *self.mask,
-                *self.shared,
-                *arguments,
-                **self.options,
-                **options,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+        """Launch as many programs."""
+        kernel[(programs,)](
+            q, *self.q.stride()[:3], k, *self.k.stride()[:3], v, *self.v.stride()[:3],
+            *self.mask,
+            *self.shared,
+            *arguments,
+            **self.options,
+            **options,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )  # fmt: skip
 
 
 def _tf32(q: Tensor) -> bool:
@@ -995,12 +1043,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, Tenso
     call = _Call(q, k, v, *terms)
     out = q.new_empty(call.n, call.queries, call.heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    config = call.config("forward")
-    programs = call.n * call.heads * triton.cdiv(call.queries, config.block_m)
     with torch.accelerator.device_index(q.device.index):
-        call.launch(
-            forward_kernel, programs, config, out, *out.stride()[:3], lse, RAW=call.raw, DESCRIPTOR=False
-        )
+        call.launch(forward_kernel, out, *out.stride()[:3], lse, RAW=call.raw)
     return out, lse
 
 
@@ -1019,10 +1063,9 @@ def backward(
     bias: Tensor | None = tensors[2]
     grad_out = _innermost(grad_out)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    to = [x if x.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads]
+    to = [x if _innermost(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads]
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     rows = (grad_out, *grad_out.stride()[:3], delta, lse2)
-    matrices = call.n * call.heads
     product_scale = options[1]
     grad_bias, whole = q.new_empty(0), False
     if bias_grad and bias is not None:
@@ -1031,20 +1074,16 @@ def backward(
     with torch.accelerator.device_index(q.device.index):
         if lse.numel():
             block = max(8192 // call.options["BLOCK_DV"], 16)
-            rows_kernel[(matrices * triton.cdiv(call.queries, block),)](
+            rows_kernel[(call.n * call.heads * triton.cdiv(call.queries, block),)](
                 out, *out.stride()[:3], grad_out, *grad_out.stride()[:3], grad_lse, *_strides(grad_lse, 3),
                 lse, delta, lse2, call.heads, call.queries,
                 DV=v.shape[3], BLOCK_M=block, BLOCK_DV=call.options["BLOCK_DV"], num_warps=4,
             )  # fmt: skip
-        config = call.config("grad_kv")
-        programs = call.n * k.shape[1] * triton.cdiv(call.keys, config.block_n)
         of_kv = (*to[1:2], *to[1].stride()[:3], to[2], *to[2].stride()[:3])
-        call.launch(grad_kv_kernel, programs, config, *rows, product_scale, *of_kv, DESCRIPTOR=False)
-        config = call.config("grad_q")
-        programs = matrices * triton.cdiv(call.queries, config.block_m)
+        call.launch(grad_kv_kernel, *rows, product_scale, *of_kv, by_key=True)
         of_bias = (grad_bias, *grad_bias.stride()) if whole else (None, 0, 0, 0, 0)
         of_q = (to[0], *to[0].stride()[:3], *of_bias)
-        call.launch(grad_q_kernel, programs, config, *rows, product_scale, *of_q, DESCRIPTOR=False)
+        call.launch(grad_q_kernel, *rows, product_scale, *of_q)
         if bias_grad and bias is not None and not whole:
             _broadcast_bias(call, bias, grad_bias, rows)
     for grad, x in zip(grads, to, strict=True):
@@ -1055,7 +1094,7 @@ def backward(
 
 def _broadcast_bias(call: _Call, bias: Tensor, grad_bias: Tensor, rows: tuple[Any, ...]) -> None:
     """Fill the gradient of a bias that several tiles share, in parts that are then added up."""
-    config = call.config("grad_bias")
+    config = call.config(grad_bias_kernel, architecture(bias.device))
     n, h, m, k = bias.shape
     blocks_m, blocks_k = triton.cdiv(call.queries, config.block_m), triton.cdiv(call.keys, config.block_n)
     shared = [
@@ -1070,5 +1109,6 @@ def _broadcast_bias(call: _Call, bias: Tensor, grad_bias: Tensor, rows: tuple[An
     repeats = triton.cdiv(everything, min(everything, triton.cdiv(PROGRAMS, tiles)))
     parts = triton.cdiv(everything, repeats)
     partial = torch.empty((parts, n, h, m, k), dtype=rows[-1].dtype, device=bias.device)
-    call.launch(grad_bias_kernel, parts * tiles, config, *rows, partial, n, h, m, k, *shared, repeats)
+    arguments = (call.q, call.k, call.v, *rows, partial, n, h, m, k, *shared, repeats)
+    call.run(grad_bias_kernel, parts * tiles, config, *arguments)
     grad_bias.copy_(partial.sum(0))

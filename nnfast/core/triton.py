@@ -10,9 +10,11 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
     "INTERPRETED",
+    "TensorDescriptor",
     "VERSION",
     "architecture",
     "exp",

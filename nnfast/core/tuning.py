@@ -130,6 +130,6 @@ class AttentionConfig:
     num_stages: int
 
 
-def attention_config(kernel: str, arch: str, dtype: str, head: int) -> AttentionConfig:
+def attention_config(kernel: str, arch: str, dtype: str, head: int, kind: str) -> AttentionConfig:
     """Launch configuration of forward, grad_q, grad_kv or grad_bias for heads padded to `head`."""
     return AttentionConfig(32, 32, 4, 2)
