@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import tuning
 from ..core.op import BackendError, Explanation, describe, forced
 from ..core.operator import DTYPES
 from . import op
@@ -18,10 +19,11 @@ _NAME = "nnfast.MultiheadAttention"
 class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention: constructor, parameters, state_dict and results are its own.
 
-    Calls with need_weights=False are served by nnfast's attention: memory is linear in the lengths, no mask is
-    made of heads x Lq x Lk. What asks for the weights, nested tensors, and what torch refuses, is torch's:
-    `nnfast.explain(module, query, key, value, ...)` says why. Two things differ: a query that sees no key gives
-    out_proj's bias on every device, where torch may give NaN; and dropout drops other elements.
+    Calls with need_weights=False are served by nnfast's attention: memory is linear in the lengths, and no
+    mask is made of heads x Lq x Lk. What asks for the weights, nested tensors, small inputs on the CPU, and
+    what torch refuses, is torch's: `nnfast.explain(module, query, key, value, ...)` says why. Two things
+    differ: a query that sees no key gives out_proj's bias everywhere, where torch may give NaN; and dropout
+    drops other elements.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
     """
@@ -61,8 +63,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         reasons = _torchs_reasons(
             self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
         )
-        if reasons:
-            if (name := forced()) not in (None, "aten"):
+        name = forced()
+        if reasons or (name is None and _not_worth(self, query, key, value, key_padding_mask, attn_mask)):
+            if name not in (None, "aten"):
                 call = describe((query, key, value), {})
                 why = "\n".join(f"  {name}: {reason}" for reason in reasons)
                 raise BackendError(f"{_NAME}: backend {name!r} is forced and cannot serve {call}\n{why}")
@@ -100,6 +103,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         reasons = _torchs_reasons(
             self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
         )
+        if forced() is None:
+            reasons = reasons or _not_worth(self, query, key, value, key_padding_mask, attn_mask)
         if reasons:
             backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
             call = describe((query, key, value), {})
@@ -159,6 +164,33 @@ def _torchs_reasons(
     ):
         reasons.append("query, key, value and the parameters have several dtypes")
     return reasons or _shape_reasons(m, query, key, value, key_padding_mask, attn_mask)
+
+
+def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *masks: Any) -> list[str]:
+    """Why torch's own way is the faster one."""
+    if not query.is_cpu or torch.compiler.is_compiling():
+        return []
+    grad = torch.is_grad_enabled() and (query.requires_grad or any(w.requires_grad for w in m.parameters()))
+    if not grad and query.numel() < tuning.MULTIHEAD_ELEMENTS:
+        return [f"{query.numel()} elements; measured to pay from {tuning.MULTIHEAD_ELEMENTS} on"]
+    if (
+        query is key is value
+        and m.batch_first
+        and not (grad or m.training or m.num_heads % 2 or m.add_zero_attn)
+        and m.bias_k is None
+        and m.in_proj_weight is not None
+        and m.in_proj_bias is not None
+        and query.dim() == 3
+        and query.shape[1] <= tuning.MULTIHEAD_FASTPATH_LENGTH
+        and torch.backends.mha.get_fastpath_enabled()
+        and not torch.is_autocast_enabled()
+        and not any(x is not None and x.is_floating_point() for x in masks)
+    ):
+        return [
+            f"torch's fused inference path, measured to be faster up to length "
+            f"{tuning.MULTIHEAD_FASTPATH_LENGTH}"
+        ]
+    return []
 
 
 def _shape_reasons(

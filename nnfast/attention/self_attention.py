@@ -4,7 +4,7 @@ A head of width D has queries q Wq^T, keys k Wk^T and values v Wv^T, so
 
     scores = (q Wq^T) (k Wk^T)^T = (q (Wq^T Wk)) k^T = q (k (Wk^T Wq))^T,
 
-and sum_h (P_h v_h Wv^T) Wo_h^T = sum_h (P_h v_h) (Wo_h Wv)^T: keys or queries, and values, are read as they are.
+and sum_h (P_h v_h Wv^T) Wo_h^T = sum_h (P_h v_h) (Wo_h Wv)^T: keys or queries, and values, are read raw.
 """
 
 # Folded weights lie beside the modules, not in them: no state_dict, copy or pickle sees them.
@@ -29,8 +29,8 @@ _NAME = "nnfast.SelfAttention"
 class SelfAttention(nn.Module):
     """Multi-head self-attention whose heads share three (head_dim, head_dim) projections without bias.
 
-    energy = (q Wq^T) (k Wk^T)^T in each head, -1e20 where mask is 0; softmax(energy / sqrt(embed_size)) over the
-    keys weighs the values v Wv^T, and `fc_out` mixes the heads. Parameters: values.weight, keys.weight,
+    energy = (q Wq^T) (k Wk^T)^T in each head, -1e20 where mask is 0; softmax(energy / sqrt(embed_size)) over
+    the keys weighs the values v Wv^T, and `fc_out` mixes the heads. Parameters: values.weight, keys.weight,
     queries.weight (head_dim, head_dim), fc_out.weight (embed_size, embed_size), fc_out.bias (embed_size,).
 
     A query that sees no key gets the mean of all values. Memory is linear in the lengths. Projections are
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class _Fold(NamedTuple):
-    """What is folded: a projection of the scores into "query" or "keys", or "" for none; values into fc_out."""
+    """A projection of the scores folded into "query" or "keys", "" for none; values folded into fc_out."""
 
     scores: str
     values: bool
@@ -214,9 +214,8 @@ def _folded(sources: tuple[Tensor, ...], fold: _Fold, dtype: torch.dtype, wide: 
     of_value: Tensor | None = value.t()
     if fold.values:
         of_value, out = None, (out.reshape(-1, len(value)) @ value).view_as(out)
-    return _Weights(
-        *(None if w is None else w.to(dtype) for w in (of_query, of_key, of_value)), out.to(dtype)
-    )  # type: ignore[arg-type]
+    of_query, of_key, of_value = (None if w is None else w.to(dtype) for w in (of_query, of_key, of_value))
+    return _Weights(of_query, of_key, of_value, out.to(dtype))
 
 
 # --- what is not for the kernels ----------------------------------------------------------------------------

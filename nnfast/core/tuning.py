@@ -119,6 +119,12 @@ CHANNELS_LAST_PIXELS = 14 * 14
 """Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
 run inside in channels_last: oneDNN's convolutions of 7x7 images are slower there."""
 
+MULTIHEAD_ELEMENTS = 1 << 17
+"""Fewest elements of queries for which multi-head attention without autograd pays on the CPU."""
+
+MULTIHEAD_FASTPATH_LENGTH = 192
+"""Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU."""
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
