@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <utility>
 
 #include "conv_bn_act/ops.h"
 
@@ -38,10 +39,9 @@ struct LaneBits {
   static constexpr int parts = P::parts, lanes = P::lanes;
 
   // Not 0 in the lanes whose bit is set. Bits, since GCC takes a Mask apart that crosses a branch.
-  static NNFAST_INLINE Bits spread(uint32_t bits, int part) {
-    Bits lane_bit;
-    for (int i = 0; i < lanes / parts; ++i) lane_bit[i] = 1u << (i * parts + part);
-    return (Bits{} + bits) & lane_bit;
+  template <int part>
+  static NNFAST_INLINE Bits spread(uint32_t bits) {
+    return (Bits{} + bits) & lane_bits<part>(std::make_integer_sequence<int, lanes / parts>());
   }
 
   static NNFAST_INLINE uint32_t gather(const Mask (&mask)[parts]) {
@@ -60,6 +60,11 @@ struct LaneBits {
   }
 
  private:
+  template <int part, int... lane>
+  static NNFAST_INLINE Bits lane_bits(std::integer_sequence<int, lane...>) {
+    return Bits{1u << (lane * parts + part)...};
+  }
+
   static NNFAST_INLINE uint32_t signs(Mask mask) {
     uint32_t bits = 0;
 #if defined(__x86_64__)
@@ -237,20 +242,23 @@ struct Engine {
     P packs[inputs], results[sinks];
     for (int k = 0; k < inputs; ++k) packs[k] = P::load(from[k]);
     V z[parts] = {};
-    for (int part = 0; part < parts; ++part) {
+    const auto each = [&](auto index) __attribute__((always_inline)) {
+      constexpr int part = decltype(index)::value;
       V x[inputs], c[tables], y[sinks] = {}, term[slots] = {};
       for (int k = 0; k < inputs; ++k) x[k] = packs[k].part[part];
       for (int k = 0; k < tables; ++k)
         std::memcpy(&c[k], columns + k * table_width + part * (lanes / parts), sizeof(V));
-      const auto opened = LB::spread(open, part);
+      const auto opened = LB::template spread<part>(open);
       body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, z[part]);
       for (int k = 0; k < outputs; ++k) results[k].part[part] = y[k];
       for (int s = 0; s < sums; ++s)
         if constexpr (partial)
-          sum[s][part] += LB::spread(keep, part) != 0 ? term[s] : V{};
+          sum[s][part] += LB::template spread<part>(keep) != 0 ? term[s] : V{};
         else
           sum[s][part] += term[s];
-    }
+    };
+    each(std::integral_constant<int, 0>());  // GCC would leave a loop, and the sums in memory
+    if constexpr (parts == 2) each(std::integral_constant<int, 1>());
     for (int k = 0; k < outputs; ++k) {
       if (!out[k]) continue;
       if constexpr (bytes >= 32 && !partial)
