@@ -5,6 +5,7 @@ Keys that no query of a block sees, by causality or window, are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,19 +15,29 @@ from . import reference
 from .reference import Place, Terms, wide
 
 _BLOCK = 1 << 20
-"""Scores of a block."""
+"""Scores of a block, at most."""
+
+_LITTLE = 1 << 17
+"""Scores below which a block is mostly overhead."""
 
 
-def _rows(q: Tensor, keys: int) -> int:
-    """How many query rows a block has: a power of 2."""
-    return max(1 << (_BLOCK // max(q.shape[0] * q.shape[1] * keys, 1)).bit_length() - 1, 16)
+def _rows(q: Tensor, keys: int, window: int) -> int:
+    """How many query rows a block has; window: how many keys one sees, if that is limited on both sides.
+
+    Of the keys that n rows with a window see together, window / (n + window) are seen by one.
+    """
+    heads = max(q.shape[0] * q.shape[1], 1)
+    if not window:
+        return max(_BLOCK // (heads * max(keys, 1)), 16)
+    wanted = max(window, 64, math.isqrt(_LITTLE // heads))
+    return max(min(_BLOCK // (heads * (wanted + window)), wanted), 16)
 
 
 def _blocks(q: Tensor, k: Tensor, terms: Terms) -> Iterator[tuple[slice, slice, Terms, Place]]:
     """Some query rows, the keys that any of them may see, their terms, and where that block lies."""
     queries, keys = q.shape[2], k.shape[2]
     left, right = terms.left, 0 if terms.is_causal else terms.right
-    step = _rows(q, keys if left < 0 or right < 0 else min(keys, left + right + 1))
+    step = _rows(q, keys, 0 if min(left, right) < 0 else left + right + 1)
     for begin in range(0, queries, step):
         end = min(begin + step, queries)
         first = 0 if left < 0 else min(max(begin - left, 0), keys)

@@ -52,8 +52,8 @@ def attention(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        out: (N, H, Lq, Dv) in q's dtype, such that `out.transpose(1, 2)` is contiguous. With return_lse (out,
-        lse), lse: (N, H, Lq) in float32, or float64 for float64. Both are differentiable in q, k, v and bias.
+        out: (N, H, Lq, Dv) in q's dtype. With return_lse (out, lse), lse: (N, H, Lq) in float32, or float64
+        for float64. Both are differentiable in q, k, v and bias.
 
     Raises:
         TypeError: for a wrong type or dtype.
@@ -66,17 +66,17 @@ def attention(
         q,
         k,
         v,
-        mask=mask,
-        key_padding_mask=key_padding_mask,
-        bias=bias,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        window=window,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        seed=seed,
-        return_lse=return_lse,
+        mask,
+        key_padding_mask,
+        bias,
+        is_causal,
+        scale,
+        dropout_p,
+        window,
+        alibi_slopes,
+        softcap,
+        seed,
+        return_lse,
     )
 
 

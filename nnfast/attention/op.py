@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -32,7 +31,7 @@ from ..core.operator import (
     size_not_worth,
     transformed,
 )
-from . import chunked, reference
+from . import chunked, reference, sdpa
 from .reference import Terms
 
 LARGEST_HEAD = 256
@@ -74,21 +73,12 @@ class Kernels:
         result: tuple[Tensor, Tensor]
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask.expand(*q.shape[:3], k.shape[2]))
-        if torch.is_grad_enabled() and _requires_grad(q, k, v, terms.bias):
+        if sdpa.requires_grad(q, k, v, terms.bias):
             apply = _Attention.apply if is_compiling() else _attention
             result = apply(self, q, k, v, *terms)  # type: ignore[no-untyped-call]
         else:
             result = self.forward(q, k, v, *terms)
         return result
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
-def _needs_formula(*tensors: Tensor | None) -> bool:
-    """A backward must be differentiable, or is transformed."""
-    return transformed() or (torch.is_grad_enabled() and _requires_grad(*tensors))
 
 
 class _Attention(torch.autograd.Function):
@@ -109,7 +99,7 @@ class _Attention(torch.autograd.Function):
         bias = tensors[2]
         bias_grad = bias is not None and ctx.needs_input_grad[6]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        if _needs_formula(grad_out, grad_lse, q, k, v, bias):
+        if transformed() or sdpa.requires_grad(grad_out, grad_lse, q, k, v, bias):
             terms = Terms(*tensors, *ctx.options)
             grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
         else:
@@ -138,87 +128,14 @@ implement("attention", chunked.forward, _in_triton("forward"))
 implement("attention_backward", chunked.backward, _in_triton("backward"))
 
 
-class _FlashOnCPU(torch.autograd.Function):
-    """Torch's flash attention on the CPU, out and lse, with a double backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _flash_on_cpu(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
-        ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.options = is_causal, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
-        is_causal, scale = ctx.options
-        terms = Terms(bias=bias, is_causal=is_causal, scale=scale)
-        grads: tuple[Tensor | None, ...]
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        if _needs_formula(grad_out, grad_lse, q, k, v):
-            grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
-        elif grad_lse is not None:  # which torch's own takes none of
-            saved = (q, k, v, *terms[:_TENSORS], out, lse)
-            grads = CHUNKED.backward(grad_out, grad_lse, *saved, *terms[_TENSORS:], False)
-        else:
-            saved = (q, k, v, out, lse)
-            grads = _flash_on_cpu_backward(grad_out, *saved, 0.0, is_causal, attn_mask=bias, scale=scale)
-        return *grads[:3], None, None, None
-
-
-_flash = super(torch.autograd.Function, _FlashOnCPU).apply
-_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-def _run_on_cpu(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """Out and lse by torch's flash attention, which takes any mask along with causality."""
-    added = _added(terms, q.dtype)
-    head, values = q.shape[3], v.shape[3]
-    if head != values:
-        q, k, v = (F.pad(x, (0, max(head, values) - x.shape[3])) for x in (q, k, v))
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out: Tensor
-    if torch.is_grad_enabled() and _requires_grad(q, k, v):
-        apply = _FlashOnCPU.apply if is_compiling() else _flash
-        out, lse = apply(q, k, v, added, terms.is_causal, terms.scale)  # type: ignore[no-untyped-call]
-    else:
-        out, lse = _flash_on_cpu(q, k, v, 0.0, terms.is_causal, attn_mask=added, scale=terms.scale)
-    if head > values:
-        out = out[..., :values]
-    return out, lse
-
-
-def _added(terms: Terms, dtype: torch.dtype) -> Tensor | None:
-    """Masks and bias as one bias, no larger than they broadcast to."""
-    mask, key_padding, bias = terms[:3]
-    hidden = None if mask is None else ~mask
-    if key_padding is not None:
-        padding = key_padding[:, None, None]
-        hidden = padding if hidden is None else hidden | padding
-    if hidden is None:
-        return None if bias is None else bias.to(dtype)
-    if bias is None:
-        added = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        return added.masked_fill_(hidden, -torch.inf)
-    return bias.to(dtype).masked_fill(hidden, -torch.inf)
-
-
-def _run_aten(q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool) -> tuple[Tensor, Tensor]:
-    if transformed() or not q.numel() or not k.shape[2]:
+def _run_aten(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    empty = not q.numel() or not k.shape[2]
+    if transformed() or empty or sdpa.requires_grad(terms.alibi_slopes):
         return reference.attention(q, k, v, terms)
-    plain = terms.alibi_slopes is None and not terms.softcap and not terms.dropout_p
-    plain = (
-        plain
-        and terms.left < 0
-        and terms.right < 0
-        and not (terms.bias is not None and terms.bias.requires_grad)
-    )
-    if plain and q.is_cpu:
-        return _run_on_cpu(q, k, v, terms)
+    if sdpa.expresses(q, terms, return_lse):
+        return sdpa.run(q, k, v, terms, return_lse)
     return CHUNKED(q, k, v, terms, return_lse)
 
 
@@ -330,6 +247,8 @@ def arguments(
                 "it needs [] and torch.int64"
             )
     elif seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"{_NAME}: seed is a {type(seed).__name__}; it needs an int or a torch.Tensor")
         seed = torch.tensor(seed, device=q.device)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     options = (bool(is_causal), scale, float(softcap or 0.0), left, right, float(dropout_p))
@@ -407,15 +326,75 @@ def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, in
 ATTENTION = Attention()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """Check the arguments and let the chosen backend run."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    window: int | tuple[int | None, int | None] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float | None,
+    seed: int | Tensor | None,
+    return_lse: bool,
+) -> Any:
+    """Check the arguments and let the chosen backend run.
+
+    Small calls without masks take torch's own at once; `ATTENTION.explain` gives the same answer with its
+    reasons.
+    """
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and window is None
+        and alibi_slopes is None
+        and not (dropout_p or softcap or return_lse)
+        and (type(q) is Tensor or is_compiling())
+        and _is_plain(q, k, v)
+    ):
+        return sdpa.plain(q, k, v, None, is_causal, scale)
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _cast(q, k, v)
-    q, k, v, terms, return_lse = arguments(q, k, v, **options)
+    q, k, v, terms, return_lse = arguments(
+        q,
+        k,
+        v,
+        mask=mask,
+        key_padding_mask=key_padding_mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        seed=seed,
+        return_lse=return_lse,
+    )
     if terms.dropout_p and terms.seed is None:
         terms = terms._replace(seed=torch.randint(1 << 62, (), device=q.device))
     out, lse = ATTENTION(q, k, v, terms, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's own serves on the CPU, at the cost of a microsecond: of one shape, nothing forced."""
+    shape = q.shape
+    return (
+        shape == k.shape == v.shape
+        and len(shape) == 4
+        and q.dtype in DTYPES
+        and q.is_cpu
+        and 0 < shape[3] <= LARGEST_HEAD
+        and (forced() if is_compiling() else forced_outside_compile()) is None
+        and 0 < q.numel() < ATTENTION.least
+        and not transformed()
+    )
 
 
 def _cast(q: Tensor, *others: Tensor) -> list[Tensor]:
