@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import op
+from ..attention.module import attention
 from ..attention.multihead import MultiheadAttention
 from ..attention.self_attention import SelfAttention
 from ..core.operator import DTYPES
@@ -67,9 +68,16 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **gqa
         )
     added = attn_mask is not None and attn_mask.dtype != torch.bool
-    masks = {"bias" if added else "mask": attn_mask}
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    out: Tensor = op.attention(query, key, value, **masks, **options)
+    out: Tensor = attention(
+        query,
+        key,
+        value,
+        mask=None if added else attn_mask,
+        bias=attn_mask if added else None,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
     return out
 
 
@@ -190,7 +198,7 @@ def transformers_attention(
         bias = mask if bias is None else mask + bias
         mask = None
     options = {"mask": mask, "bias": bias, "is_causal": causal, "softcap": kwargs.get("softcap")}
-    out = op.attention(query, key, value, dropout_p=dropout, scale=scaling, **options)
+    out = attention(query, key, value, dropout_p=dropout, scale=scaling, **options)
     return out.transpose(1, 2).contiguous(), None
 
 
