@@ -9,6 +9,7 @@ from .conv_bn_act.module import BatchNormAct2d, convert_sync_batchnorm
 from .core.op import BackendError, Explanation, backend, explain
 from .focal_loss.module import FocalLoss, LinearFocalLoss, SigmoidFocalLoss, class_balanced_alpha
 from .swap import restore, swap
+from .swap.attention import register_transformers
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "explain",
     "functional",
+    "register_transformers",
     "restore",
     "swap",
 ]

@@ -12,6 +12,7 @@ from ..core import tuning
 from ..core.op import BackendError, Explanation, describe, forced
 from ..core.operator import DTYPES
 from . import op
+from .module import attention
 
 _NAME = "nnfast.MultiheadAttention"
 
@@ -81,7 +82,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
             return result
         q, k, v, options = _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal)
-        out: Tensor = op.attention(q, k, v, **options)
+        out: Tensor = attention(q, k, v, **options)
         batched = query.dim() == 3
         # (N, H, Lq, D), of which (N, Lq, H, D) is contiguous
         out = out.transpose(1, 2) if self.batch_first or not batched else out.permute(2, 0, 1, 3)

@@ -22,6 +22,7 @@ from ..core.op import BackendError, Explanation, describe, forced
 from ..core.operator import DTYPES, transformed
 from ..core.snapshot import Snapshot, hooked
 from . import op
+from .module import attention
 
 _NAME = "nnfast.SelfAttention"
 
@@ -116,6 +117,10 @@ class SelfAttention(nn.Module):
 # --- the call -----------------------------------------------------------------------------------------------
 
 
+_LEAST_HALF = 8
+"""Narrowest heads whose weights fold in half types: the rounding of products averages over their features."""
+
+
 class _Fold(NamedTuple):
     """A projection of the scores folded into "query" or "keys", "" for none; values folded into fc_out."""
 
@@ -138,7 +143,7 @@ def _attend(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, mask:
     q, k, v = (_project(x, w) for x, w in zip((q, k, v), weights[:3], strict=True))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     attend = mask if mask is None or mask.dtype == torch.bool else mask != 0
-    out: Tensor = op.attention(q, k, v, mask=attend, scale=_scale(m))
+    out: Tensor = attention(q, k, v, mask=attend, scale=_scale(m))
     if attend is not None and v.shape[2]:
         blind = ~attend.any(-1, keepdim=True)
         # asking costs a GPU its queue, and compilers the graph
@@ -165,7 +170,9 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fold(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, kept: bool) -> _Fold:
-    """By multiplications saved, of 2 D^2 for each row and head, over those of the folding itself."""
+    """By multiplications saved, of D^2 for each row and head, over those of the folding itself."""
+    if query.dtype.itemsize < 4 and m.head_dim < _LEAST_HALF:
+        return _Fold("", False)
     queries, rows = query.shape[0] * query.shape[1], keys.shape[0] * keys.shape[1]
     folding = 0 if kept else m.head_dim
     side = "query" if queries <= rows else "keys"

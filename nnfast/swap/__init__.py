@@ -15,18 +15,23 @@ from typing import Any
 
 from torch import nn
 
-from . import conv_bn_act, seed, seed_loss, timm, torch_nn, torchvision, transformers
+from . import attention, conv_bn_act, seed, seed_loss, timm, torch_nn, torchvision, transformers
 from .rule import Proposal, Rule, public_name
 
 RULES: list[Rule] = [
     torch_nn.modules,
     timm.modules,
     transformers.modules,
+    attention.multihead,
+    attention.timm,
+    attention.transformers,
+    attention.seed,
     conv_bn_act.modules,
     torch_nn.function_attributes,
     torchvision.modules,
     seed.modules,
     seed_loss.modules,
+    attention.encoder_layer,
 ]
 """In order: the first rule that has anything to say of a module decides."""
 
@@ -46,7 +51,9 @@ def swap(model: nn.Module) -> Report:
     exactly `x * torch.sigmoid(x)` or `x * torch.tanh(F.softplus(x))` in any spelling, and the functions
     `F.silu` and `F.mish` where a module holds them as attributes; user-written focal losses whose forward is
     `alpha * (1 - exp(-ce)) ** gamma * ce` over `F.cross_entropy`; and the classification head of
-    torchvision's RetinaNet, whose loss then calls nnfast's. Modules stay the same objects with the same
+    torchvision's RetinaNet, whose loss then calls nnfast's. So are `nn.MultiheadAttention` anywhere, timm's
+    Attention, user-written classes that compute `nnfast.SelfAttention`, and the attn_implementation of
+    transformers' models where it is "sdpa". Modules stay the same objects with the same
     attributes, hooks and state_dict; so a module that another model shares is swapped there too, just as
     `.eval()` would reach it. Two things differ: called by keyword, an activation's argument is `input`, a
     focal loss's are `inputs` and `targets`; and `torch.jit.script` cannot read nnfast's modules, so restore
@@ -209,6 +216,9 @@ def _apply(plan: list[tuple[nn.Module, Mapping[str, Any]]]) -> None:
             _put(module, changes)
     except BaseException:
         for module, cls, state in before:
+            for what, (new, *old) in vars(module).get(_RECORD, {}).items():
+                if "." in what and what not in state.get(_RECORD, {}):
+                    _set_held(module, what, new, old[0])
             object.__setattr__(module, "__class__", cls)
             vars(module).clear()
             vars(module).update(state)
@@ -221,10 +231,22 @@ def _put(module: nn.Module, changes: Mapping[str, Any]) -> None:
             old: tuple[Any, ...] = (type(module),)
             object.__setattr__(module, what, new)
             new = _kind(new)
+        elif "." in what:  # of an object that the module holds
+            holder, _, name = what.partition(".")
+            old = (getattr(vars(module)[holder], name),)
+            _set_held(module, what, old[0], new)
         else:
             old = tuple(value for name, value in vars(module).items() if name == what)
             vars(module)[what] = new
         vars(module)[_RECORD] = {**vars(module).get(_RECORD, {}), what: (new, *old)}
+
+
+def _set_held(module: nn.Module, what: str, now: Any, then: Any) -> None:
+    """`holder.name` of a module, if it still is what it was."""
+    holder, _, name = what.partition(".")
+    held = vars(module).get(holder)
+    if getattr(held, name, None) == now:
+        setattr(held, name, then)
 
 
 def _kind(cls: type) -> type:
@@ -237,6 +259,8 @@ def _undo(module: nn.Module) -> None:
     for what, (new, *old) in vars(module).pop(_RECORD, {}).items():
         if what == "__class__":
             object.__setattr__(module, what, old[0])
+        elif "." in what:
+            _set_held(module, what, new, old[0])
         elif vars(module).get(what) is not new:
             continue  # set by someone else since then
         elif old:

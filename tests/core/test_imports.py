@@ -63,7 +63,7 @@ def test_arrows(path):
                 "chunked": {"reference"},
                 "fold": set(),
                 "module": {"op"},
-                "multihead": {"op"},
+                "multihead": {"module", "op"},
                 "self_attention": {"module", "op"},
                 "positional": {"module", "op"},
                 "op": {"chunked", "kernels", "reference", "sdpa"},
