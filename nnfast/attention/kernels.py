@@ -1,7 +1,7 @@
 """Attention in Triton: online softmax over blocks of keys, and a deterministic backward without atomics.
 
-Milakov and Gimelshein 2018 (arXiv:1805.02867); Dao 2023 (arXiv:2307.08691). Scores carry log2(e), so that
-exp2 serves. A program of forward, of grad_q and of a whole grad_bias has a block of queries and goes over the
+Milakov and Gimelshein 2018 (arXiv:1805.02867); Dao 2023 (arXiv:2307.08691). Scores of half types carry
+log2(e), so that exp2 serves; others do not, as rounding both a score and lse so would show in their difference. A program of forward, of grad_q and of a whole grad_bias has a block of queries and goes over the
 keys these see; one of grad_k and grad_v has a block of keys and goes over the queries that see these. Blocks
 that all see whole, without a test of places, are apart from those at an edge.
 """
@@ -117,6 +117,18 @@ def _keys_of(
 
 
 @triton.jit
+def _in_unit(s, PRECISE: tl.constexpr):
+    """Scores in the unit they are kept in."""
+    return s if PRECISE else s * 1.4426950408889634
+
+
+@triton.jit
+def _exp(s, PRECISE: tl.constexpr):
+    """e to the power of scores in their unit."""
+    return tl.exp(s) if PRECISE else tl.exp2(s)
+
+
+@triton.jit
 def _tanh(x, PRECISE: tl.constexpr):
     if PRECISE:
         e = one_minus_exp(2.0 * tl.abs(x))
@@ -163,10 +175,10 @@ def _scores(
     RAW: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """log2(e) * scores from products q k^T, -inf where unseen, and the derivative of the soft cap.
+    """Scores in their unit from products q k^T, -inf where unseen, and the derivative of the soft cap.
 
-    i, j: places of queries and keys, laid beside the tile. scale holds log2(e), or 1 / softcap where there is
-    CAP, and cap softcap * log2(e). RAW: leave the scale out.
+    i, j: places of queries and keys, laid beside the tile. scale holds the unit, or 1 / softcap where there is
+    CAP, and cap holds it. RAW: leave the scale out.
     """
     slope = s
     if CAP:
@@ -178,11 +190,11 @@ def _scores(
     if slopes_ptr is not None:
         alibi = tl.load(slopes_ptr + n * slopes_n + h * slopes_h).to(s.dtype)
         distance = tl.abs(i + (keys - queries) - j).to(s.dtype)
-        s = s - (alibi * _scalar(1.4426950408889634, s.dtype)) * distance
+        s = s - _in_unit(alibi, PRECISE) * distance
     if bias_ptr is not None:
         pointers = bias_ptr + n * bias_n + h * bias_h + (i.to(tl.int64) * bias_m + j.to(tl.int64) * bias_k)
         bias = tl.load(pointers, mask=(i < queries) & (j < keys), other=0.0)
-        s = s + bias.to(s.dtype) * _scalar(1.4426950408889634, s.dtype)
+        s = s + _in_unit(bias.to(s.dtype), PRECISE)
     if mask_ptr is not None:
         pointers = mask_ptr + n * mask_n + h * mask_h + (i.to(tl.int64) * mask_m + j.to(tl.int64) * mask_k)
         s = tl.where(tl.load(pointers, mask=(i < queries) & (j < keys), other=0) != 0, s, float("-inf"))
@@ -294,8 +306,8 @@ def _forward_blocks(
         before = top
         top = tl.maximum(before, highest)
         anchor = tl.where(top == float("-inf"), 0.0, top)  # of rows that have seen nothing yet
-        p = tl.exp2(s - anchor[:, None])
-        shrink = tl.exp2(before - anchor)
+        p = _exp(s - anchor[:, None], PRECISE)
+        shrink = _exp(before - anchor, PRECISE)
         total = total * shrink + tl.sum(p, 1)
         if seed_ptr is not None:
             p = tl.where(_kept(seed_ptr, head, row, start, threshold, BLOCK_M, BLOCK_N), p, 0.0)
@@ -399,7 +411,8 @@ def forward_kernel(
     inverse = tl.where(blind, 0.0, _scalar(enlarge, accumulator) / total)
     _store(out_ptr, acc * inverse[:, None], n, h, out_n, out_h, out_m, row, queries, DV, BLOCK_M, BLOCK_DV)
     i = row + tl.arange(0, BLOCK_M)
-    lse = (top + tl.log2(total)) * _scalar(0.6931471805599453, accumulator)
+    PRECISE: tl.constexpr = q.dtype == tl.float32 or q.dtype == tl.float64
+    lse = (top if PRECISE else top * 0.6931471805599453) + tl.log(total)
     tl.store(lse_ptr + (head * queries + i), lse, mask=i < queries)
 
 
@@ -419,14 +432,14 @@ def rows_kernel(
     grad_lse_m,
     lse_ptr,
     delta_ptr,
-    lse2_ptr,
+    level_ptr,
     heads,
     queries,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """delta = sum(out * grad) - grad_lse and log2(e) * lse of BLOCK_M queries; 0 and inf of one that sees none."""
+    """delta = sum(out * grad) - grad_lse, and lse in its unit, of BLOCK_M queries; 0, inf if one sees none."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK_M)
     head = pid // blocks
@@ -444,17 +457,18 @@ def rows_kernel(
     lse = tl.load(lse_ptr + (head * queries + i), mask=inside, other=0.0)
     blind = lse == float("-inf")
     tl.store(delta_ptr + (head * queries + i), tl.where(blind, 0.0, delta), mask=inside)
-    lse2 = tl.where(blind, float("inf"), lse * _scalar(1.4426950408889634, lse.dtype))
-    tl.store(lse2_ptr + (head * queries + i), lse2, mask=inside)
+    PRECISE: tl.constexpr = grad.dtype == tl.float32 or grad.dtype == tl.float64
+    level = tl.where(blind, float("inf"), _in_unit(lse, PRECISE))
+    tl.store(level_ptr + (head * queries + i), level, mask=inside)
 
 
 @triton.jit
-def _rows(delta_ptr, lse2_ptr, head, start, queries, BLOCK_M: tl.constexpr):
+def _rows(delta_ptr, level_ptr, head, start, queries, BLOCK_M: tl.constexpr):
     """What rows_kernel found; of rows outside what makes their p zero."""
     i = start + tl.arange(0, BLOCK_M)
     delta = tl.load(delta_ptr + (head * queries + i), mask=i < queries, other=0.0)
-    lse2 = tl.load(lse2_ptr + (head * queries + i), mask=i < queries, other=float("inf"))
-    return delta, lse2
+    level = tl.load(level_ptr + (head * queries + i), mask=i < queries, other=float("inf"))
+    return delta, level
 
 
 @triton.jit
@@ -464,7 +478,7 @@ def _grad_scores(
     v,
     grad,
     delta,
-    lse2,
+    level,
     row,
     start,
     n,
@@ -510,16 +524,16 @@ def _grad_scores(
     j = start + tl.arange(0, BLOCK_N)
     if BY_KEY:
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        i, j, delta, lse2 = i[None, :], j[:, None], delta[None, :], lse2[None, :]
+        i, j, delta, level = i[None, :], j[:, None], delta[None, :], level[None, :]
     else:
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        i, j, delta, lse2 = i[:, None], j[None, :], delta[:, None], lse2[:, None]
+        i, j, delta, level = i[:, None], j[None, :], delta[:, None], level[:, None]
     s, slope = _scores(
         s, i, j, n, h, mask_ptr, mask_n, mask_h, mask_m, mask_k, padding_ptr, padding_n, padding_k,
         bias_ptr, bias_n, bias_h, bias_m, bias_k, slopes_ptr, slopes_n, slopes_h, scale, cap,
         queries, keys, left, right, CAP, LEFT, RIGHT, EDGE, False, PRECISE,
     )  # fmt: skip
-    p = tl.exp2(s - lse2)
+    p = _exp(s - level, PRECISE)
     if BY_KEY:
         grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     else:
@@ -582,7 +596,7 @@ def grad_q_kernel(
     grad_h,
     grad_m,
     delta_ptr,
-    lse2_ptr,
+    level_ptr,
     product_scale: tl.float64,
     grad_q_ptr,
     grad_q_n,
@@ -615,7 +629,7 @@ def grad_q_kernel(
     hk = h // group
     q = _tile(q_ptr, n, h, q_n, q_h, q_m, row, queries, D, BLOCK_M, BLOCK_D, True, False)
     grad = _tile(grad_ptr, n, h, grad_n, grad_h, grad_m, row, queries, DV, BLOCK_M, BLOCK_DV, True, False)
-    delta, lse2 = _rows(delta_ptr, lse2_ptr, head, row, queries, BLOCK_M)
+    delta, level = _rows(delta_ptr, level_ptr, head, row, queries, BLOCK_M)
     first, whole_first, whole_last, end = _keys_of(
         row, n, bounds_ptr, queries, keys, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
@@ -631,7 +645,7 @@ def grad_q_kernel(
             k = _tile(k_ptr, n, hk, k_n, k_h, k_m, start, keys, D, BLOCK_N, BLOCK_D, EDGE == 1, DESCRIPTOR)
             v = _tile(v_ptr, n, hk, v_n, v_h, v_m, start, keys, DV, BLOCK_N, BLOCK_DV, EDGE == 1, DESCRIPTOR)
             _, grad_s, grad_product = _grad_scores(
-                q, k, v, grad, delta, lse2, row, start, n, h, head, mask_ptr, mask_n, mask_h, mask_m, mask_k,
+                q, k, v, grad, delta, level, row, start, n, h, head, mask_ptr, mask_n, mask_h, mask_m, mask_k,
                 padding_ptr, padding_n, padding_k, bias_ptr, bias_n, bias_h, bias_m, bias_k,
                 slopes_ptr, slopes_n, slopes_h, seed_ptr, threshold, enlarge, scale, cap,
                 queries, keys, left, right, CAP, LEFT, RIGHT, EDGE == 1, PRECISION, BLOCK_M, BLOCK_N, False,
@@ -695,7 +709,7 @@ def grad_kv_kernel(
     grad_h,
     grad_m,
     delta_ptr,
-    lse2_ptr,
+    level_ptr,
     product_scale: tl.float64,
     grad_k_ptr,
     grad_k_n,
@@ -761,9 +775,9 @@ def grad_kv_kernel(
                     grad_ptr, n, h, grad_n, grad_h, grad_m, row, queries, DV, BLOCK_M, BLOCK_DV,
                     EDGE == 1, DESCRIPTOR,
                 )  # fmt: skip
-                delta, lse2 = _rows(delta_ptr, lse2_ptr, head, row, queries, BLOCK_M)
+                delta, level = _rows(delta_ptr, level_ptr, head, row, queries, BLOCK_M)
                 dropped, _, grad_product = _grad_scores(
-                    q, k, v, grad, delta, lse2, row, start, n, h, head,
+                    q, k, v, grad, delta, level, row, start, n, h, head,
                     mask_ptr, mask_n, mask_h, mask_m, mask_k, None, padding_n, padding_k,
                     bias_ptr, bias_n, bias_h, bias_m, bias_k, slopes_ptr, slopes_n, slopes_h,
                     seed_ptr, threshold, enlarge, scale, cap, queries, keys, left, right,
@@ -829,7 +843,7 @@ def grad_bias_kernel(
     grad_h,
     grad_m,
     delta_ptr,
-    lse2_ptr,
+    level_ptr,
     partial_ptr,
     of_n,
     of_h,
@@ -876,9 +890,9 @@ def grad_bias_kernel(
         k = _tile(k_ptr, n, h // group, k_n, k_h, k_m, start, keys, D, BLOCK_N, BLOCK_D, True, False)
         v = _tile(v_ptr, n, h // group, v_n, v_h, v_m, start, keys, DV, BLOCK_N, BLOCK_DV, True, False)
         grad = _tile(grad_ptr, n, h, grad_n, grad_h, grad_m, row, queries, DV, BLOCK_M, BLOCK_DV, True, False)
-        delta, lse2 = _rows(delta_ptr, lse2_ptr, head, row, queries, BLOCK_M)
+        delta, level = _rows(delta_ptr, level_ptr, head, row, queries, BLOCK_M)
         _, grad_s, _ = _grad_scores(
-            q, k, v, grad, delta, lse2, row, start, n, h, head, mask_ptr, mask_n, mask_h, mask_m, mask_k,
+            q, k, v, grad, delta, level, row, start, n, h, head, mask_ptr, mask_n, mask_h, mask_m, mask_k,
             padding_ptr, padding_n, padding_k, bias_ptr, bias_n, bias_h, bias_m, bias_k,
             slopes_ptr, slopes_n, slopes_h, seed_ptr, threshold, enlarge, scale, cap,
             queries, keys, left, right, CAP, LEFT, RIGHT, True, PRECISION, BLOCK_M, BLOCK_N, False,
@@ -942,12 +956,13 @@ class _Call:
         padding = None if key_padding is None else key_padding.view(torch.uint8)
         bounds = None if key_padding is None else _bounds(key_padding)
         bias = None if bias is None else bias.expand(self.n, self.heads, self.queries, self.keys)
+        unit = LOG2_E if q.element_size() == 2 else 1.0
         right = 0 if is_causal else right
         limited_left, limited_right = 0 <= left < self.queries - 1, 0 <= right < self.keys - 1
         self.shared = (
             padding, *_strides(padding, 2), bounds, bias, *_strides(bias, 4),
             alibi_slopes, *_strides(alibi_slopes, 2), seed if dropout_p else None, int(dropout_p * 2**32),
-            1 / (1 - dropout_p), scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E,
+            1 / (1 - dropout_p), scale / softcap if softcap else scale * unit, softcap * unit,
             self.heads, self.heads // k.shape[1], self.queries, self.keys,
             left if limited_left else 0, right if limited_right else 0,
         )  # fmt: skip
@@ -964,8 +979,7 @@ class _Call:
         }
         plain_scores = not softcap and bias is None and alibi_slopes is None
         self.raw = plain_scores and scale > 0
-        self.kind = "dropout" if dropout_p else "plain" if plain_scores and mask is None else "terms"
-        self.dtype = "tf32" if self.options["PRECISION"] == "tf32" else str(q.dtype).removeprefix("torch.")
+        self.plain = plain_scores and mask is None and not dropout_p
 
     def described(self, x: Tensor) -> bool:
         """Whether Hopper's and Blackwell's copy engine takes x: (N, H, L, D)."""
@@ -1006,7 +1020,8 @@ class _Call:
     def config(self, kernel: Any, arch: str) -> AttentionConfig:
         """How a kernel is launched here."""
         head = max(self.options["BLOCK_D"], self.options["BLOCK_DV"])
-        return attention_config(kernel.__name__.removesuffix("_kernel"), arch, self.dtype, head, self.kind)
+        name = kernel.__name__.removesuffix("_kernel")
+        return attention_config(name, arch, self.q.element_size(), head, self.plain)
 
     def run(
         self,
@@ -1064,8 +1079,8 @@ def backward(
     grad_out = _innermost(grad_out)
     grads = [torch.empty_like(x) for x in (q, k, v)]
     to = [x if _innermost(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads]
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    rows = (grad_out, *grad_out.stride()[:3], delta, lse2)
+    delta, level = torch.empty_like(lse), torch.empty_like(lse)
+    rows = (grad_out, *grad_out.stride()[:3], delta, level)
     product_scale = options[1]
     grad_bias, whole = q.new_empty(0), False
     if bias_grad and bias is not None:
@@ -1076,7 +1091,7 @@ def backward(
             block = max(8192 // call.options["BLOCK_DV"], 16)
             rows_kernel[(call.n * call.heads * triton.cdiv(call.queries, block),)](
                 out, *out.stride()[:3], grad_out, *grad_out.stride()[:3], grad_lse, *_strides(grad_lse, 3),
-                lse, delta, lse2, call.heads, call.queries,
+                lse, delta, level, call.heads, call.queries,
                 DV=v.shape[3], BLOCK_M=block, BLOCK_DV=call.options["BLOCK_DV"], num_warps=4,
             )  # fmt: skip
         of_kv = (*to[1:2], *to[1].stride()[:3], to[2], *to[2].stride()[:3])

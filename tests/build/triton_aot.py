@@ -178,51 +178,48 @@ def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
 ATTENTION_KERNELS = ("forward", "grad_q", "grad_kv", "grad_bias")
 PLAIN = ("padding", "left", "right")
 """What a call without terms in its scores may have."""
-TERMS = ("mask", "bias", "slopes", "cap")
-HEADS = {"fp16": (64,), "bf16": (16, 64, 96, 128, 256), "fp32": (64, 128, 256), "tf32": (64, 256), "fp64": (64, 256)}
-"""Head sizes compiled; 32 is launched as 64 is, what is not a power of 2 as the next."""
+TERMS = ("mask", "bias", "slopes", "cap", "seed")
+HEADS = {"fp16": (64,), "bf16": (64, 128, 256), "fp32": (64, 128, 256), "tf32": (256,), "fp64": (64, 128, 256)}
+"""Head sizes compiled; what is not among them is launched as the next."""
 
 
 def attention_builds() -> Iterator[tuple[Case, str]]:
-    """Attention on each target: each configuration with nothing, and with all that it may meet, at once."""
-    for target in TARGETS:
-        for dtype, heads in HEADS.items():
-            if dtype == "tf32" and target == "gfx942":
-                continue  # has none
-            for kernel in ATTENTION_KERNELS:
-                for head in heads:
-                    descriptors = target in ("sm_90", "sm_100") and dtype in ("fp16", "bf16")
-                    kinds = {
-                        "plain": ("left", "right"),
-                        "terms": (*PLAIN, *TERMS),
-                        "dropout": (*PLAIN, *TERMS, "seed"),
-                    }
-                    for kind, features in kinds.items():
-                        if kernel == "grad_bias" and kind == "plain":
-                            continue
-                        if kind == "plain" or head in (64, 256):
-                            case = attention_case(kernel, target, dtype, head, kind, features, descriptors)
-                            yield case, target
+    """Attention on each target: each configuration, of plain scores, and with all that it may meet at once.
+
+    Wide types have one configuration for both; float16 is launched as bfloat16 is.
+    """
+    for target, dtype in itertools.product(TARGETS, HEADS):
+        if dtype == "tf32" and target == "gfx942":  # has none
+            continue
+        for kernel, head in itertools.product(ATTENTION_KERNELS, HEADS[dtype]):
+            descriptors = target in ("sm_90", "sm_100") and dtype in ("fp16", "bf16")
+            if kernel != "grad_bias" and dtype in ("fp16", "bf16"):
+                plain = ("left", "right")
+                yield attention_case(kernel, target, dtype, head, plain, descriptors), target
+            if dtype != "fp16":
+                features = (*PLAIN, *TERMS)
+                yield attention_case(kernel, target, dtype, head, features, descriptors), target
 
 
 def attention_case(
-    kernel: str, target: str, dtype: str, head: int, kind: str, features: tuple[str, ...], descriptors: bool
+    kernel: str, target: str, dtype: str, head: int, features: tuple[str, ...], descriptors: bool
 ) -> Case:
-    """A kernel of attention as launched for a kind of call, with these features; descriptors: if it can."""
+    """A kernel of attention as launched for a call with these features; descriptors: if it can."""
     function = getattr(attention, f"{kernel}_kernel")
     element, wide = ("fp32" if dtype == "tf32" else dtype), ("fp64" if dtype == "fp64" else "fp32")
     block_d = 1 << (head - 1).bit_length()
-    config = attention_config(kernel, target, dtype, block_d, kind)
+    plain = set(features) <= set(PLAIN)
+    config = attention_config(kernel, target, ELEMENT_SIZES[element], block_d, plain)
     constants: dict[str, Any] = {"D": head, "DV": head, "BLOCK_D": block_d, "BLOCK_DV": block_d}
     constants |= {name.upper(): name in features for name in ("cap", "left", "right")}
     constants |= {"PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     if kernel == "forward":
-        constants["RAW"] = kind == "plain"
+        constants["RAW"] = plain
     if "DESCRIPTOR" in function.arg_names:
         constants["DESCRIPTOR"] = descriptors
     of = {"mask": "*u8", "padding": "*u8", "bounds": "*i32", "slopes": f"*{wide}", "seed": "*i64"}
-    of |= dict.fromkeys(("lse", "lse2", "delta", "partial"), f"*{wide}")
+    of |= dict.fromkeys(("lse", "level", "delta", "partial"), f"*{wide}")
     optional = {"bounds": "padding", "grad_bias": "bias"}
     types = {}
     for name in function.arg_names:
@@ -231,7 +228,7 @@ def attention_case(
             continue
         if name.endswith("_ptr"):
             feature = optional.get(argument, argument)
-            if feature in (*PLAIN, *TERMS, "seed") and feature not in features:
+            if feature in (*PLAIN, *TERMS) and feature not in features:
                 constants[name] = None
             else:
                 types[name] = of.get(argument, f"*{element}")
@@ -244,6 +241,7 @@ def attention_case(
     if constants.get("DESCRIPTOR"):
         rows, looped = (config.block_m, ("q", "grad")) if kernel == "grad_kv" else (config.block_n, ("k", "v"))
         types |= {f"{x}_ptr": f"tensordesc<{element}[1,1,{rows},{block_d}]>" for x in looped}
+    kind = "plain" if plain else "terms"
     name = f"attention {kernel} {kind} {head} {config.block_m}x{config.block_n} {dtype}"
     return name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
 
