@@ -163,7 +163,7 @@ class AttentionConfig:
     num_stages: int
 
 
-# (kernel, architecture) -> of calls with plain scores, and of others: for heads up to 64, 128, 256. Half types.
+# (kernel, architecture) -> of half types' plain scores, and of others: for heads up to 64, 128, 256.
 # Largest tiles whose accumulators stay in registers, all terms and dropout at once, and whose stages fit into
 # shared memory: 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942.
 _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], ...]] = {

@@ -179,7 +179,13 @@ ATTENTION_KERNELS = ("forward", "grad_q", "grad_kv", "grad_bias")
 PLAIN = ("padding", "left", "right")
 """What a call without terms in its scores may have."""
 TERMS = ("mask", "bias", "slopes", "cap", "seed")
-HEADS = {"fp16": (64,), "bf16": (64, 128, 256), "fp32": (64, 128, 256), "tf32": (256,), "fp64": (64, 128, 256)}
+HEADS = {
+    "fp16": (64,),
+    "bf16": (64, 128, 256),
+    "fp32": (64, 128, 256),
+    "tf32": (256,),
+    "fp64": (64, 128, 256),
+}
 """Head sizes compiled; what is not among them is launched as the next."""
 
 
@@ -237,9 +243,17 @@ def attention_case(
         elif name in ("enlarge", "scale", "cap", "product_scale"):
             types[name] = "fp64"
         else:
-            types[name] = "i64" if name == "threshold" else "i32:16" if name[-2:] in ("_n", "_h", "_m") and name[:2] != "of" and name[:4] != "over" else "i32"
+            types[name] = (
+                "i64"
+                if name == "threshold"
+                else "i32:16"
+                if name[-2:] in ("_n", "_h", "_m") and name[:2] != "of" and name[:4] != "over"
+                else "i32"
+            )
     if constants.get("DESCRIPTOR"):
-        rows, looped = (config.block_m, ("q", "grad")) if kernel == "grad_kv" else (config.block_n, ("k", "v"))
+        rows, looped = (
+            (config.block_m, ("q", "grad")) if kernel == "grad_kv" else (config.block_n, ("k", "v"))
+        )
         types |= {f"{x}_ptr": f"tensordesc<{element}[1,1,{rows},{block_d}]>" for x in looped}
     kind = "plain" if plain else "terms"
     name = f"attention {kernel} {kind} {head} {config.block_m}x{config.block_n} {dtype}"
