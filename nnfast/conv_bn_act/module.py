@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
-from .op import ACTIVATIONS, BATCH_NORM_ACT, NAME, Norm, check, recomputing
+from ..activation.reference import ACTIVATIONS
+from .op import BATCH_NORM_ACT, NAME, Norm, check, recomputing
 from .op import batch_norm_act as _batch_norm_act
 
 WORLD = "world"

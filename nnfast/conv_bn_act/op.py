@@ -37,11 +37,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
+from ..activation.reference import IDENTITY, LEAKY_RELU, MISH, RELU, SILU
+from ..activation.reference import act as activated
 from ..core import tuning
-from ..core.op import Backend, Op, forced, forced_outside_compile
+from ..core.op import Backend, Op, forced, forced_outside_compile, triton_why_not
 from ..core.operator import (
     LIBRARY,
     channels_innermost,
+    compute_dtype,
     define,
     dense,
     implement,
@@ -51,19 +54,8 @@ from ..core.operator import (
     transformed,
 )
 from . import reference
-from .reference import IDENTITY, LEAKY_RELU, MISH, RELU, SILU, compute_dtype
 
 NAME = "batch_norm_act"
-
-ACTIVATIONS = {
-    "identity": IDENTITY,
-    "relu": RELU,
-    "leaky_relu": LEAKY_RELU,
-    "silu": SILU,
-    "swish": SILU,
-    "mish": MISH,
-}
-"""Names of the activations, and the codes that operators know them by."""
 
 
 class Norm(NamedTuple):
@@ -422,7 +414,7 @@ def _gradients_by_formula(
         if mask is not None:
             y = torch.where(reference.unpack(mask, dense(x)), z, z * slope if act == LEAKY_RELU else 0)
         else:
-            y = reference.act(z, act, slope)
+            y = activated(z, act, slope)
         wanted = [p for p, need in zip(places, needs, strict=True) if need]
         found = iter(torch.autograd.grad(y.to(dtype), wanted, grad, create_graph=create_graph))
     return tuple(next(found) if need else None for need in needs)  # type: ignore[return-value]
@@ -522,7 +514,7 @@ def _run_reference(
     own = (norm.weight, norm.bias)
     of_residual = (None, None) if residual_norm is None else residual_norm[:2]
     z = _z(x, norm, residual, residual_norm, moments, *own, *of_residual)
-    return reference.act(z, act, slope).to(x.dtype)
+    return activated(z, act, slope).to(x.dtype)
 
 
 def _with_offset(norm: Norm | None) -> Any:
@@ -644,6 +636,23 @@ class BatchNormAct(Op):
         return Backend("cuda", partial(run, Kernels(library)), partial(_why_not, ""))
 
 
+def _fake_merge(partial: Tensor) -> tuple[Tensor, Tensor]:
+    return partial.new_empty(partial.shape[2]), partial.new_empty(partial.shape[2])
+
+
+for _overload in ("", "triton"):
+    define(LIBRARY, "batch_norm_merge(Tensor partial) -> (Tensor, Tensor)", _fake_merge, _overload)
+
+
+def merge_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of what a convolution wrote down beside its result: (3, parts, C)."""
+    operators = torch.ops.nnfast.batch_norm_merge
+    merged: tuple[Tensor, Tensor] = (
+        operators.default if triton_why_not(partial.device.type) else operators.triton
+    )(partial)
+    return merged
+
+
 def _in_triton(function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from . import kernels  # imports triton
@@ -656,6 +665,7 @@ def _in_triton(function: str) -> Callable[..., Any]:
 BATCH_NORM_ACT = BatchNormAct()
 for _operator, _function in (
     ("batch_norm_stats", "statistics"),
+    ("batch_norm_merge", "merge"),
     ("batch_norm_update_", "update_"),
     ("batch_norm_act", "forward"),
     ("batch_norm_act_sums", "sums"),
