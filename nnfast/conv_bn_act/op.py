@@ -194,6 +194,17 @@ def _moments(kernels: Any, x: Tensor, residual: Tensor | None, norm: Norm, resid
     moments = list(kernels.statistics(x))
     if residual_norm is not None:
         moments += kernels.statistics(residual)
+    return enter_running(kernels, norms, moments, x)
+
+
+def enter_running(
+    kernels: Any, norms: Sequence[Norm], moments: Sequence[Tensor], x: Tensor
+) -> Sequence[Tensor]:
+    """Let (mean, var) of each norm, found in x or in what is like it, enter the running statistics.
+
+    Returns those of all processes that share them.
+    """
+    norm, dtype = norms[0], compute_dtype(x)
     count = _count(x)
     correction = count / (count - 1) if count > 1 else 1.0
     unbiased: Sequence[Tensor] = moments
@@ -450,14 +461,18 @@ def run(
     residual_norm: Norm | None = None,
     act: int = IDENTITY,
     slope: float = 0.01,
+    moments: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run a backend's operators, with whatever differentiation asks for."""
+    """Run a backend's operators, with whatever differentiation asks for.
+
+    moments: of the batch, of both norms; known already, and entered in the running ones.
+    """
     if not x.numel() and norm.group is None:  # nothing to compute
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     of_residual = (None, None, None) if residual_norm is None else (*residual_norm[:2], residual_norm.offset)
     tensors = (x, norm.weight, norm.bias, norm.offset, residual, *of_residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _forward(kernels, x, norm, residual, residual_norm, act, slope)[0]
+        return _forward(kernels, x, norm, residual, residual_norm, act, slope, moments=moments)[0]
     options = (norm, residual_norm, act, slope, kernels)
     if is_compiling():  # which knows no function that changes running statistics
         if residual is x:  # nor one with a tensor twice
@@ -465,7 +480,7 @@ def run(
         with torch.no_grad():
             moments = _moments(kernels, x, residual, norm, residual_norm)
         return _BatchNormAct.apply(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
-    return _batch_norm_act(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
+    return _batch_norm_act(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Formulas:
@@ -618,6 +633,7 @@ class BatchNormAct(Op):
     def __init__(self) -> None:
         self.least = tuning.smallest(NAME)
         compiled, triton = Kernels(LIBRARY), Kernels(LIBRARY, "triton")
+        self.in_triton = triton
         ours = [
             Backend(key, partial(run, kernels), partial(_why_not, key), partial(_not_worth, key))
             for key, kernels in (("cuda", compiled), ("triton", triton), ("cpu", compiled))

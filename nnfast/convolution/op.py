@@ -273,6 +273,15 @@ def _gradients_by_formula(
     return tuple(next(found) if need else None for need in needs)
 
 
+def with_statistics(
+    kernels: Kernels, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """conv2d(x, weight) and its statistics, which are not differentiable."""
+    options = Options(IDENTITY, 0.0, list(stride), list(padding), IDENTITY, 0.0)
+    y, statistics = _Conv2dAct.apply(x, weight, *[None] * 5, options, kernels, True)  # type: ignore[no-untyped-call]
+    return y, statistics
+
+
 def _told_from_result(act: int, slope: float) -> bool:
     """act's derivative can be told from its result."""
     return act in (IDENTITY, RELU) or (act == LEAKY_RELU and slope >= 0)

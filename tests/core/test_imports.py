@@ -63,7 +63,8 @@ def test_arrows(path):
         assert (
             inside
             <= {
-                "blocks": {"fold", "module", "op"},
+                "blocks": {"fold", "links", "module", "op"},
+                "links": {"fold", "module", "op", "reference"},
                 "fold": set(),
                 "module": {"op"},
                 "op": {"kernels", "reference"},
