@@ -72,7 +72,7 @@ def test_half_types(half, calls):
 
 
 def test_autocast(calls):
-    theirs, ours = both("seed, projection")
+    theirs, ours = both("BasicBlock, projection")
     x = image(CHANNELS_LAST, size=6)
     results = []
     for block in (theirs, ours):
@@ -81,7 +81,7 @@ def test_autocast(calls):
     assert calls
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        assert float((a - b).norm()) <= 0.05 * float(b.norm()) + 1e-2
+        assert float((a - b).norm()) <= 0.05 * float(b.norm())
 
 
 @pytest.mark.parametrize("act", ["relu", "mish"])
