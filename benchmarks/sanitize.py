@@ -21,6 +21,8 @@ SLICES = (slice(0, 4096), slice(0, 5003), slice(1, 4098), slice(3, 20), slice(0,
 """Whole blocks; blocks and a tail; misaligned; less than a block; one element."""
 SHAPES = ((37, 10), (9, 64), (5, 100), (3, 1000), (2, 5003), (1, 40000), (2, 7, 33), (2, 40, 5))
 """Rows x classes, and rows that lie side by side."""
+PICTURES = ((2, 16, 9, 7), (1, 65, 5, 6), (3, 3, 17, 12), (2, 40, 8, 8), (1, 1, 1, 1))
+"""Images x channels x pixels, for convolutions."""
 IMAGES = ((130, 33), (7, 11, 13), (5, 6, 9, 7), (9, 65, 8), (2, 3, 5003))
 """Images x channels, with pixels behind the channels or none."""
 
@@ -39,7 +41,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> Iterator[Tensor]:
         buffer = torch.linspace(-30, 30, 5003, device=device).to(dtype)
         yield from (buffer[where] for where in SLICES)
     else:
-        for shape in IMAGES if case.family == "conv_bn_act" else SHAPES:
+        shapes = {"conv_bn_act": IMAGES, "convolution": PICTURES}.get(case.family, SHAPES)
+        for shape in shapes:
             buffer = torch.linspace(-9, 8, 1 + torch.Size(shape).numel(), device=device).sin().to(dtype) * 4
             yield buffer[:-1].reshape(shape)
             yield buffer[1:].reshape(shape)
@@ -62,7 +65,7 @@ def check(case: Case, x: Tensor) -> None:
     pairs = ((y, x), (truth, exact))
     gradients = [torch.autograd.grad(out, given, upstream.to(out))[0] for out, given in pairs]
     if (
-        case.family != "conv_bn_act" or x.itemsize > 2
+        case.family not in ("conv_bn_act", "convolution") or x.itemsize > 2
     ):  # the residual's rounding moves halves across relu's kink
         close(*gradients)
     if "inplace" in case.traits:

@@ -6,6 +6,7 @@ from .attention.multihead import MultiheadAttention
 from .attention.self_attention import SelfAttention
 from .conv_bn_act.blocks import BasicBlock, Bottleneck, ConvBNAct, ResidualBlock
 from .conv_bn_act.module import BatchNormAct2d, convert_sync_batchnorm
+from .convolution.module import Conv2dAct
 from .core.op import BackendError, Explanation, backend, explain
 from .focal_loss.module import FocalLoss, LinearFocalLoss, SigmoidFocalLoss, class_balanced_alpha
 from .swap import restore, swap
@@ -18,6 +19,7 @@ __all__ = [
     "BasicBlock",
     "BatchNormAct2d",
     "Bottleneck",
+    "Conv2dAct",
     "ConvBNAct",
     "Explanation",
     "FocalLoss",

@@ -14,8 +14,12 @@ from torch import Tensor
 
 import nnfast
 from nnfast.activation import reference
+from nnfast.activation.reference import ACTIVATIONS
+from nnfast.activation.reference import act as activated
 from nnfast.conv_bn_act import op as batch_norm
 from nnfast.conv_bn_act import reference as batch_norm_reference
+from nnfast.convolution import reference as convolution_reference
+from nnfast.core.operator import convolved_size
 from nnfast.focal_loss import reference as focal_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -400,9 +404,123 @@ _BATCH_NORM = (
     _batch_norm("eval-residual-norm-relu", training=False, residual="norm", act=1),
 )
 
+
+def image_of(x: Tensor) -> Tensor:
+    """x as an image in channels_last: (N, C, H, W), or one channel of what has fewer dimensions."""
+    x = x if x.dim() == 4 else x.reshape(1, 1, *x.shape[-2:])
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _exact(x: Tensor, *shape: int, step: float = 0.125) -> Tensor:
+    """A few values in turn, exact in every dtype, as x."""
+    values = torch.arange(math.prod(shape), device=x.device) * 5 % 13 - 6
+    return (values.reshape(shape) * step).to(x.dtype)
+
+
+def _convolution(variant: str, act: str, stride: int, kernel: int, residual: bool, prologue: str) -> Case:
+    padding, out_channels = kernel // 2, 5
+    code = ACTIVATIONS[act]
+
+    def vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+        as_x = x if x.dtype == torch.float64 else x.float()
+        return _exact(as_x, x.shape[1], step=0.25), _exact(as_x, x.shape[1]).flip(0)
+
+    def arguments(x: Tensor) -> tuple[Any, ...]:
+        """Weight, bias and residual."""
+        weight = _exact(x, out_channels, x.shape[1], kernel, kernel)
+        size = convolved_size(x.shape, weight.shape, (stride, stride), (padding, padding))
+        other = image_of(_exact(x, *size)) if residual else None
+        return weight, _exact(x, out_channels), other
+
+    def ours(x: Tensor) -> Tensor:
+        x = image_of(x)
+        weight, bias, other = arguments(x)
+        before = (*vectors(x), prologue) if prologue else None
+        options = {"act": act, "negative_slope": 0.125, "residual": other, "prologue": before}
+        return nnfast.functional.conv2d_act(x, weight, bias, stride, padding, **options)
+
+    def torchs(x: Tensor) -> Tensor:
+        x = image_of(x)
+        weight, bias, other = arguments(x)
+        if prologue:
+            scale, shift = (v.view(-1, 1, 1).to(x.dtype) for v in vectors(x))
+            x = activated(x * scale + shift, ACTIVATIONS[prologue], 0.01)
+        y = F.conv2d(x, weight, bias, stride, padding)
+        return activated(y if other is None else y + other.to(y.dtype), code, 0.125)
+
+    def before(x: Tensor) -> tuple[Any, ...]:
+        if not prologue:
+            return None, None, None, 0, 0.01
+        return (vectors(x)[1], *vectors(x), ACTIVATIONS[prologue], 0.01)
+
+    tail = ([stride] * 2, [padding] * 2)
+
+    def operands(x: Tensor) -> tuple[Any, ...]:
+        x = image_of(x)
+        weight, bias, other = arguments(x)
+        wide_bias = bias if x.dtype == torch.float64 else bias.float()
+        return x, weight, wide_bias, other, *before(x), *tail, code, 0.125, code == 1
+
+    def gradient(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = convolution_reference.forward(*operands(x))[0]
+        return torch.randn_like(y), y if code in (1, 2) else None
+
+    def input_operands(x: Tensor) -> tuple[Any, ...]:
+        grad, y = gradient(x)
+        x = image_of(x)
+        added, given = (torch.randn_like(x), None) if residual else (None, x if prologue else None)
+        prologue_of_x = before(x) if given is not None else (None, None, None, 0, 0.01)
+        rest = (list(x.shape), *tail, 0 if y is None else code, 0.125, True)
+        return grad, y, arguments(x)[0], added, given, *prologue_of_x, *rest
+
+    def weight_operands(x: Tensor) -> tuple[Any, ...]:
+        rest = ([kernel] * 2, *tail)
+        grad, y = gradient(x)
+        return (
+            grad,
+            y,
+            image_of(x),
+            *before(image_of(x)),
+            *rest,
+            0 if y is None else code,
+            0.125,
+            not residual,
+        )
+
+    return Case(
+        name="conv2d_act",
+        variant=variant,
+        ours=ours,
+        torchs=torchs,
+        module=nnfast.Conv2dAct,
+        torch_module=torch.nn.Conv2d,
+        seed=torchs,
+        truth=torchs,
+        operators={
+            "conv2d_act": operands,
+            "conv2d_act_input_gradient": input_operands,
+            "conv2d_act_weight_gradient": weight_operands,
+        },
+        samples=(
+            Sample("images", lambda: torch.randn(3, 18, 9, 7)),
+            Sample("few channels", lambda: torch.randn(2, 3, 17, 12) * 4 + 1),
+        ),
+        example=Sample("small", lambda: torch.randn(1, 2, 3, 3)),
+        family="convolution",
+        shaped=lambda x: x[: len(x) // 4000 * 4000].view(-1, 4, 40, 25),
+    )
+
+
+_CONVOLUTION = (
+    _convolution("3x3-relu", "relu", 1, 3, False, ""),
+    _convolution("3x3-stride-prologue", "leaky_relu", 2, 3, False, "relu"),
+    _convolution("1x1-residual-silu-prologue", "silu", 1, 1, True, "mish"),
+)
+
 TABLE = (
     _activation("silu", nnfast.SiLU, torch.nn.SiLU, _seed_silu, {"forward": 4, "backward": 8}),
     _activation("mish", nnfast.Mish, torch.nn.Mish, _seed_mish, {"forward": 8, "backward": 14}),
     *_FOCAL,
     *_BATCH_NORM,
+    *_CONVOLUTION,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.triton import exp, tl, triton, wide
+from ..core.triton import exp, scalar, tl, triton, wide
 from ..core.tuning import pointwise_config
 
 
@@ -39,6 +39,34 @@ def mish_backward(grad, x, PRECISE: tl.constexpr):
     w = n * (n + 2.0)
     r = 1.0 / (w + 2.0)
     return grad * (r * (w + 4.0 * (c * n) * (n + 1.0) * r))
+
+
+@triton.jit
+def act(z, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
+    """The activation of a code of `reference`."""
+    if ACT == 1:
+        z = tl.where(z <= 0.0, 0.0, z)
+    elif ACT == 2:
+        z = tl.where(z > 0.0, z, z * scalar(slope, z.dtype))
+    elif ACT == 3:
+        z = silu(z, PRECISE)
+    elif ACT == 4:
+        z = mish(z, PRECISE)
+    return z
+
+
+@triton.jit
+def act_backward(grad, z, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
+    """grad * act'(z)."""
+    if ACT == 1:
+        grad = tl.where(z <= 0.0, 0.0, grad)
+    elif ACT == 2:
+        grad = tl.where(z > 0.0, grad, grad * scalar(slope, z.dtype))
+    elif ACT == 3:
+        grad = silu_backward(grad, z, PRECISE)
+    elif ACT == 4:
+        grad = mish_backward(grad, z, PRECISE)
+    return grad
 
 
 @triton.jit

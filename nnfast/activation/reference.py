@@ -12,6 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IDENTITY, RELU, LEAKY_RELU, SILU, MISH = range(5)
+
+ACTIVATIONS = {
+    "identity": IDENTITY,
+    "relu": RELU,
+    "leaky_relu": LEAKY_RELU,
+    "silu": SILU,
+    "swish": SILU,
+    "mish": MISH,
+}
+"""Names of the activations that other operations end with, and the codes that operators know them by."""
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -43,3 +55,23 @@ def mish_backward(grad: Tensor, x: Tensor) -> Tensor:
     wide = _wide(x)
     t = torch.tanh(F.softplus(wide))
     return (_wide(grad) * (t + wide * torch.sigmoid(wide) * (1 - t * t))).to(x.dtype)
+
+
+def act(z: Tensor, code: int, slope: float) -> Tensor:
+    """The activation of a code."""
+    if code == RELU:
+        return F.relu(z)
+    if code == LEAKY_RELU:
+        return F.leaky_relu(z, slope)
+    return silu(z) if code == SILU else mish(z) if code == MISH else z
+
+
+def act_backward(grad: Tensor, z: Tensor, code: int, slope: float) -> Tensor:
+    """grad * act'(z)."""
+    if code == RELU:
+        return torch.where(z <= 0, 0, grad)
+    if code == LEAKY_RELU:
+        return torch.where(z > 0, grad, grad * slope)
+    if code == SILU:
+        return silu_backward(grad, z)
+    return mish_backward(grad, z) if code == MISH else grad

@@ -21,9 +21,8 @@ from ..core import tuning
 from ..core.op import Backend, Explanation, Op, describe, forced
 from ..core.operator import transformed
 from ..core.snapshot import hooked
-from . import fold
-from .module import _norm as norm_of
-from .module import activation_code, batch_norm_act, normalise
+from . import fold, links
+from .module import activation_code, batch_norm_act, norm_of, normalise
 from .op import BATCH_NORM_ACT, again
 
 NAME = "conv_bn_act"
@@ -370,6 +369,8 @@ def chain(
     via = _pays_channels_last([*units, *([projection] if projection else [])], x)
     y = entered = _enter(x) if via else x
     pair = (x, entered) if via else None
+    if not via and (found := _links(units, x, projection)):
+        return links.train(found[0], found[1], x, residual if shortcut is None else shortcut(x), found[2])
     for unit in units[:-1]:
         y = run(unit, y, via=pair)
     if shortcut is not None:
@@ -378,6 +379,30 @@ def chain(
         residual = entered
     y = run(units[-1], y, residual, (projection, entered) if projection else None, via=pair)
     return _leave(y) if via else y
+
+
+Links = tuple[Any, list[links.Link], links.Link | None]
+
+
+def _links(units: Sequence[Unit], x: Tensor, projection: Unit | None) -> Links | None:
+    """The units as links of a chain that trains by our own convolutions, if these are the choice."""
+    if not _ours_possible(x):
+        return None
+    made = []
+    for unit in (*units, *([projection] if projection else [])):
+        act = ("identity", 0.01) if unit is projection else _known(unit)
+        if act is None or not fold.plain_conv(unit.conv) or not fold.plain_norm(unit.bn):
+            return None
+        made.append(links.Link(unit.conv, unit.bn, activation_code(act[0]), act[1]))
+    last = made.pop() if projection else None
+    if last is not None and last.bn is made[-1].bn:
+        return None
+    kernels = links.convolutions(made, x, last)
+    if kernels is None:
+        return None
+    for unit in units:
+        fold.forget(unit.conv, unit.bn)
+    return kernels, made, last
 
 
 def _traced(x: Any) -> bool:
@@ -482,13 +507,31 @@ def run(
     act, slope = known or ("identity", 0.01)
     if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):
         residual, projection = fold.run(projection[0].conv, projection[0].bn, projection[1]), None
+    if projection is not None and (found := _infer(projection[0], projection[1])) is not None:
+        residual, projection = found, None
     for observe in observers:
         observe(x, CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope))
-    if projection is None and CONV_BN_ACT.folds(unit.conv, unit.bn, x, residual, act, slope):
+    if projection is None and (found := _infer(unit, x, residual)) is not None:
+        y = found
+    elif projection is None and CONV_BN_ACT.folds(unit.conv, unit.bn, x, residual, act, slope):
         y = fold.run(unit.conv, unit.bn, x, residual, act, slope)
     else:
         y = _unfolded(unit, x, residual, projection, act, slope, via)
     return y if known else _activate(unit, y)
+
+
+def _infer(unit: Unit, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    """One unit without its unknown activation by our own convolution, in inference, if that is the choice."""
+    if unit.bn.training or not _ours_possible(x):
+        return None
+    act, slope = _known(unit) or ("identity", 0.01)
+    return links.infer(unit.conv, unit.bn, x, residual, activation_code(act), slope)
+
+
+def _ours_possible(x: Tensor) -> bool:
+    """Our own convolutions may be the choice: looked at before all that costs more."""
+    name = forced()
+    return name == "triton" or (name is None and x.is_cuda)
 
 
 def _unfolded(

@@ -139,6 +139,12 @@ def why_not(
     act: str = "identity",
     negative_slope: float = 0.01,
 ) -> list[str]:
+    """Every reason why torch cannot run this call with the batch norm folded into the convolution."""
+    reasons = folding_why_not(conv, bn, x, residual)
+    return reasons or (_onednn_why_not if x.is_cpu else _cudnn_why_not)(x, residual, act)
+
+
+def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> list[str]:
     """Every reason why the batch norm cannot be folded into the convolution for this call."""
     reasons = [r for r in (_unplain("conv", conv, _CONVS), _unplain("bn", bn, _NORMS)) if r]
     if reasons:
@@ -177,7 +183,7 @@ def why_not(
                 f"it needs to be {x.dtype} {needed} on {x.device}"
             )
         reasons += plain_why_not("residual", residual)
-    return reasons + (_onednn_why_not if x.is_cpu else _cudnn_why_not)(x, residual, act)
+    return reasons
 
 
 def output_shape(conv: nn.Conv2d, x: Tensor) -> list[int]:

@@ -12,45 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation.kernels import mish, mish_backward, silu, silu_backward
+from ..activation.kernels import act, act_backward
 from ..core.operator import channels_innermost, dense
-from ..core.triton import tl, triton, wide
+from ..core.triton import scalar, tl, triton, wide
 from ..core.tuning import RowsConfig, norm_rows_config
 
 PROGRAMS = 1024
 """Programs that fill a device: reductions are split until there are so many."""
-
-
-@triton.jit
-def _scalar(value, dtype: tl.constexpr):
-    """A scalar argument in a tile's type: a number in the interpreter, float64 elsewhere."""
-    return tl.full([1], value, dtype)
-
-
-@triton.jit
-def _act(z, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
-    if ACT == 1:
-        z = tl.where(z <= 0.0, 0.0, z)
-    elif ACT == 2:
-        z = tl.where(z > 0.0, z, z * _scalar(slope, z.dtype))
-    elif ACT == 3:
-        z = silu(z, PRECISE)
-    elif ACT == 4:
-        z = mish(z, PRECISE)
-    return z
-
-
-@triton.jit
-def _act_backward(grad, z, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
-    if ACT == 1:
-        grad = tl.where(z <= 0.0, 0.0, grad)
-    elif ACT == 2:
-        grad = tl.where(z > 0.0, grad, grad * _scalar(slope, z.dtype))
-    elif ACT == 3:
-        grad = silu_backward(grad, z, PRECISE)
-    elif ACT == 4:
-        grad = mish_backward(grad, z, PRECISE)
-    return grad
 
 
 @triton.jit
@@ -69,7 +37,7 @@ def _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channel, known, INNERMOS
     """mean, inv_std, scale, bias of channels: x_hat = (x - mean) * inv_std, z = (x - mean) * scale + bias."""
     mean = _of_channels(mean_ptr, channel, known, INNERMOST)
     var = _of_channels(var_ptr, channel, known, INNERMOST)
-    inv_std = 1.0 / tl.sqrt(var + _scalar(eps, var.dtype))
+    inv_std = 1.0 / tl.sqrt(var + scalar(eps, var.dtype))
     scale = inv_std
     if weight_ptr is not None:
         scale = inv_std * _of_channels(weight_ptr, channel, known, INNERMOST)
@@ -104,10 +72,10 @@ def _bits(mask_ptr, row, column, columns, inside):
 def _dz(grad, z, mask_ptr, row, column, columns, inside, slope, ACT: tl.constexpr, PRECISE: tl.constexpr):
     """grad * act'(z), with the sign of z from its bit where there is a mask."""
     if mask_ptr is not None:
-        below = grad * _scalar(slope, grad.dtype) if ACT == 2 else grad * 0.0
+        below = grad * scalar(slope, grad.dtype) if ACT == 2 else grad * 0.0
         dz = tl.where(_bits(mask_ptr, row, column, columns, inside) != 0, grad, below)
     else:
-        dz = _act_backward(grad, z, slope, ACT, PRECISE)
+        dz = act_backward(grad, z, slope, ACT, PRECISE)
     return dz
 
 
@@ -228,7 +196,8 @@ def merge_kernel(
         mean += delta * share
         total += count
     known = channel < channels
-    mean += _shift(x_ptr, channel, columns, known, dtype, INNERMOST)
+    if x_ptr is not None:
+        mean += _shift(x_ptr, channel, columns, known, dtype, INNERMOST)
     tl.store(mean_ptr + channel, mean, mask=known)
     tl.store(var_ptr + channel, squares / tl.maximum(total, 1.0), mask=known)
 
@@ -249,10 +218,10 @@ def update_kernel(
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     mean = tl.load(mean_ptr + channel, mask=known, other=0.0)
-    var = tl.load(var_ptr + channel, mask=known, other=0.0) * _scalar(correction, mean.dtype)
+    var = tl.load(var_ptr + channel, mask=known, other=0.0) * scalar(correction, mean.dtype)
     if offset_ptr is not None:
         mean += tl.load(offset_ptr + channel, mask=known, other=0.0)
-    keep, share = _scalar(1.0 - momentum, mean.dtype), _scalar(momentum, mean.dtype)
+    keep, share = scalar(1.0 - momentum, mean.dtype), scalar(momentum, mean.dtype)
     running = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
     new = keep * running.to(mean.dtype) + share * mean
     tl.store(running_mean_ptr + channel, new.to(running.dtype), mask=known)
@@ -307,7 +276,7 @@ def forward_kernel(
             )
             r = (r - mean) * scale + bias
         z += r
-    y = _act(z, slope, ACT, x.dtype == tl.float32)
+    y = act(z, slope, ACT, x.dtype == tl.float32)
     tl.store(y_ptr + offsets, y.to(x.dtype), mask=inside)
     if mask_ptr is not None:
         zero = tl.zeros([ROWS, COLUMNS], tl.int1)
@@ -423,7 +392,7 @@ def _input_gradient(
 ):
     """scale * (dz - sum_dz / count - x_hat * sum_dz_xhat / count)."""
     if sum_dz_ptr is not None:
-        share = _scalar(share, dz.dtype)
+        share = scalar(share, dz.dtype)
         of_xhat = _of_channels(sum_dz_xhat_ptr, channel, known, INNERMOST) * share
         dz -= _of_channels(sum_dz_ptr, channel, known, INNERMOST) * share
         dz -= centred * (inv_std * of_xhat)
@@ -576,20 +545,37 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     partial = x.new_empty((3, partials, channels), dtype=dtype)
     with _device(x):
         statistics_kernel[grid](x, partial, **arguments)
-        merge_kernel[(triton.cdiv(channels, MERGE.block),)](
-            x,
-            partial,
-            mean,
-            var,
-            rows.columns,
-            channels,
-            partials,
-            INNERMOST=rows.innermost,
-            PARTIALS=MERGE.rows,
-            CHANNELS=MERGE.block,
-            num_warps=MERGE.num_warps,
-        )
+        _merge(x, partial, mean, var, rows.columns, rows.innermost)
     return mean, var
+
+
+def merge(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) from (3, parts, C): count, mean and squared deviations of parts."""
+    channels = partial.shape[2]
+    mean, var = (partial.new_empty(channels) for _ in range(2))
+    with _device(partial):
+        _merge(None, partial, mean, var, 0, True)
+    return mean, var
+
+
+def _merge(
+    x: Tensor | None, partial: Tensor, mean: Tensor, var: Tensor, columns: int, innermost: bool
+) -> None:
+    """x: what was shifted by its channels' first values, or None."""
+    _, partials, channels = partial.shape
+    merge_kernel[(triton.cdiv(channels, MERGE.block),)](
+        x,
+        partial,
+        mean,
+        var,
+        columns,
+        channels,
+        partials,
+        INNERMOST=innermost,
+        PARTIALS=MERGE.rows,
+        CHANNELS=MERGE.block,
+        num_warps=MERGE.num_warps,
+    )
 
 
 def update_(

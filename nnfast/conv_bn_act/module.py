@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
-from .op import ACTIVATIONS, BATCH_NORM_ACT, NAME, Norm, check, recomputing
+from ..activation.reference import ACTIVATIONS
+from .op import BATCH_NORM_ACT, NAME, Norm, check, recomputing
 from .op import batch_norm_act as _batch_norm_act
 
 WORLD = "world"
@@ -122,7 +123,7 @@ def _group(bn: _BatchNorm) -> Any:
     return group
 
 
-def _norm(bn: _BatchNorm, x: Any, offset: Tensor | None) -> Norm:
+def norm_of(bn: _BatchNorm, x: Any, offset: Tensor | None) -> Norm:
     """What the module would normalise x with now, as its own forward finds it. Changes nothing."""
     if isinstance(x, Tensor):
         bn._check_input_dim(x)
@@ -170,25 +171,26 @@ def normalise(
         return normalise(
             bn, residual, residual=x, act=act, negative_slope=negative_slope, offset=residual_offset
         )
-    norm = _norm(bn, x, offset)
+    norm = norm_of(bn, x, offset)
     if offset is not None and not norm.batch:
         x, norm = _add(x, offset), norm._replace(offset=None)
     residual_norm = None
     if residual_bn is not None:
-        residual_norm = _norm(residual_bn, residual, residual_offset)
+        residual_norm = norm_of(residual_bn, residual, residual_offset)
         if residual_offset is not None and not residual_norm.batch:
             residual, residual_norm = _add(residual, residual_offset), residual_norm._replace(offset=None)
     y = _run(x, norm, residual, residual_norm, code, negative_slope)
     if (bn.training or (residual_bn is not None and residual_bn.training)) and not recomputing():
         for each in (bn, residual_bn):
-            if (
-                each is not None
-                and each.training
-                and each.track_running_stats
-                and (each.num_batches_tracked is not None)
-            ):
-                each.num_batches_tracked.add_(1)
+            if each is not None:
+                count_batch(each)
     return y
+
+
+def count_batch(bn: _BatchNorm) -> None:
+    """A batch more that the module has seen, if it trains."""
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
 
 
 def _add(x: Any, offset: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def nnfast_arguments(self, input: Tensor, residual: Tensor | None = None) -> tuple[Any, ...]:
         """The operation's arguments, for `nnfast.explain`."""
         code = activation_code(self.act)
-        return input, _norm(self, input, None), residual, None, code, self.negative_slope
+        return input, norm_of(self, input, None), residual, None, code, self.negative_slope
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:

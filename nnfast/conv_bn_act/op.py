@@ -38,11 +38,14 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
 from ..activation import op as activation
+from ..activation.reference import IDENTITY, LEAKY_RELU, MISH, RELU, SILU
+from ..activation.reference import act as activated
 from ..core import tuning
-from ..core.op import Backend, Op, forced, forced_outside_compile
+from ..core.op import Backend, Op, forced, forced_outside_compile, triton_why_not
 from ..core.operator import (
     LIBRARY,
     channels_innermost,
+    compute_dtype,
     define,
     dense,
     implement,
@@ -51,19 +54,8 @@ from ..core.operator import (
     transformed,
 )
 from . import reference
-from .reference import IDENTITY, LEAKY_RELU, MISH, RELU, SILU, compute_dtype
 
 NAME = "batch_norm_act"
-
-ACTIVATIONS = {
-    "identity": IDENTITY,
-    "relu": RELU,
-    "leaky_relu": LEAKY_RELU,
-    "silu": SILU,
-    "swish": SILU,
-    "mish": MISH,
-}
-"""Names of the activations, and the codes that operators know them by."""
 
 
 class Norm(NamedTuple):
@@ -202,6 +194,17 @@ def _moments(kernels: Any, x: Tensor, residual: Tensor | None, norm: Norm, resid
     moments = list(kernels.statistics(x))
     if residual_norm is not None:
         moments += kernels.statistics(residual)
+    return enter_running(kernels, norms, moments, x)
+
+
+def enter_running(
+    kernels: Any, norms: Sequence[Norm], moments: Sequence[Tensor], x: Tensor
+) -> Sequence[Tensor]:
+    """Let (mean, var) of each norm, found in x or in what is like it, enter the running statistics.
+
+    Returns those of all processes that share them.
+    """
+    norm, dtype = norms[0], compute_dtype(x)
     count = _count(x)
     correction = count / (count - 1) if count > 1 else 1.0
     unbiased: Sequence[Tensor] = moments
@@ -422,7 +425,7 @@ def _gradients_by_formula(
         if mask is not None:
             y = torch.where(reference.unpack(mask, dense(x)), z, z * slope if act == LEAKY_RELU else 0)
         else:
-            y = reference.act(z, act, slope)
+            y = activated(z, act, slope)
         wanted = [p for p, need in zip(places, needs, strict=True) if need]
         found = iter(torch.autograd.grad(y.to(dtype), wanted, grad, create_graph=create_graph))
     return tuple(next(found) if need else None for need in needs)  # type: ignore[return-value]
@@ -458,14 +461,18 @@ def run(
     residual_norm: Norm | None = None,
     act: int = IDENTITY,
     slope: float = 0.01,
+    moments: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run a backend's operators, with whatever differentiation asks for."""
+    """Run a backend's operators, with whatever differentiation asks for.
+
+    moments: of the batch, of both norms; known already, and entered in the running ones.
+    """
     if not x.numel() and norm.group is None:  # nothing to compute
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     of_residual = (None, None, None) if residual_norm is None else (*residual_norm[:2], residual_norm.offset)
     tensors = (x, norm.weight, norm.bias, norm.offset, residual, *of_residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _forward(kernels, x, norm, residual, residual_norm, act, slope)[0]
+        return _forward(kernels, x, norm, residual, residual_norm, act, slope, moments=moments)[0]
     options = (norm, residual_norm, act, slope, kernels)
     if is_compiling():  # which knows no function that changes running statistics
         if residual is x:  # nor one with a tensor twice
@@ -473,7 +480,7 @@ def run(
         with torch.no_grad():
             moments = _moments(kernels, x, residual, norm, residual_norm)
         return _BatchNormAct.apply(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
-    return _batch_norm_act(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
+    return _batch_norm_act(*tensors, *options, *moments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Formulas:
@@ -522,7 +529,7 @@ def _run_reference(
     own = (norm.weight, norm.bias)
     of_residual = (None, None) if residual_norm is None else residual_norm[:2]
     z = _z(x, norm, residual, residual_norm, moments, *own, *of_residual)
-    return reference.act(z, act, slope).to(x.dtype)
+    return activated(z, act, slope).to(x.dtype)
 
 
 def _with_offset(norm: Norm | None) -> Any:
@@ -654,6 +661,7 @@ class BatchNormAct(Op):
     def __init__(self) -> None:
         self.least = tuning.SMALLEST_NORM
         compiled, triton = Kernels(LIBRARY), Kernels(LIBRARY, "triton")
+        self.in_triton = triton
         ours = [
             Backend(key, partial(run, kernels), partial(_why_not, key), partial(_not_worth, key))
             for key, kernels in (("cuda", compiled), ("triton", triton), ("cpu", compiled))
@@ -672,6 +680,23 @@ class BatchNormAct(Op):
         return Backend("cuda", partial(run, Kernels(library)), partial(_why_not, ""))
 
 
+def _fake_merge(partial: Tensor) -> tuple[Tensor, Tensor]:
+    return partial.new_empty(partial.shape[2]), partial.new_empty(partial.shape[2])
+
+
+for _overload in ("", "triton"):
+    define(LIBRARY, "batch_norm_merge(Tensor partial) -> (Tensor, Tensor)", _fake_merge, _overload)
+
+
+def merge_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of what a convolution wrote down beside its result: (3, parts, C)."""
+    operators = torch.ops.nnfast.batch_norm_merge
+    merged: tuple[Tensor, Tensor] = (
+        operators.default if triton_why_not(partial.device.type) else operators.triton
+    )(partial)
+    return merged
+
+
 def _in_triton(function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from . import kernels  # imports triton
@@ -684,6 +709,7 @@ def _in_triton(function: str) -> Callable[..., Any]:
 BATCH_NORM_ACT = BatchNormAct()
 for _operator, _function in (
     ("batch_norm_stats", "statistics"),
+    ("batch_norm_merge", "merge"),
     ("batch_norm_update_", "update_"),
     ("batch_norm_act", "forward"),
     ("batch_norm_act_sums", "sums"),

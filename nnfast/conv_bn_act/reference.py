@@ -14,15 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activation import reference as activation
-from ..core.operator import channels_innermost, dense
-
-IDENTITY, RELU, LEAKY_RELU, SILU, MISH = range(5)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What x is computed in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ..activation.reference import IDENTITY, LEAKY_RELU, RELU, act, act_backward
+from ..core.operator import channels_innermost, compute_dtype, dense
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -39,32 +32,20 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum([0, *range(2, x.dim())])
 
 
-def act(z: Tensor, code: int, slope: float) -> Tensor:
-    """The activation of a code."""
-    if code == RELU:
-        return F.relu(z)
-    if code == LEAKY_RELU:
-        return F.leaky_relu(z, slope)
-    return activation.silu(z) if code == SILU else activation.mish(z) if code == MISH else z
-
-
-def act_backward(grad: Tensor, z: Tensor, code: int, slope: float) -> Tensor:
-    """grad * act'(z)."""
-    if code == RELU:
-        return torch.where(z <= 0, 0, grad)
-    if code == LEAKY_RELU:
-        return torch.where(z > 0, grad, grad * slope)
-    if code == SILU:
-        return activation.silu_backward(grad, z)
-    return activation.mish_backward(grad, z) if code == MISH else grad
-
-
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; differentiable."""
     x, dims = _wide(x), [0, *range(2, x.dim())]
     mean = x.mean(dims)
     mean = mean + (x - _per_channel(mean, x)).mean(dims)  # what rounding left
     return mean, (x - _per_channel(mean, x)).square().mean(dims)
+
+
+def merge(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) from (3, parts, C): count, mean and squared deviations of parts."""
+    count, means, squares = partial
+    total = count.sum(0)
+    mean = (count * means).sum(0) / total
+    return mean, (squares + count * (means - mean).square()).sum(0) / total
 
 
 def update_(

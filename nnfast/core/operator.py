@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ def implement(name: str, fallback: Callable[..., Any], in_triton: Callable[..., 
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     for device in ("CUDA", "CPU"):
         LIBRARY.impl(f"{name}.triton", checked, device)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What x is computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def convolved_size(size: Sequence[Any], weight: Sequence[Any], stride: Any, padding: Any) -> list[Any]:
+    """(N, O, OH, OW) of a convolution of an image (N, C, H, W) by a weight (O, C, kH, kW)."""
+    pixels = ((size[i] + 2 * padding[i - 2] - weight[i]) // stride[i - 2] + 1 for i in (2, 3))
+    return [size[0], weight[0], *pixels]
 
 
 def channels_innermost(x: Tensor) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "log1p_unit",
     "one_minus_exp",
     "power",
+    "scalar",
     "tl",
     "triton",
     "wide",
@@ -48,6 +49,12 @@ def architecture(device: torch.device) -> str:
 def wide(x):
     """x as the type it is computed in."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A scalar argument in a tile's type: a number in the interpreter, float64 elsewhere."""
+    return tl.full([1], value, dtype)
 
 
 @triton.jit

@@ -137,6 +137,80 @@ def _power_of_2(length: int) -> int:
     return max(1 << (length - 1).bit_length(), 8)
 
 
+@dataclass(frozen=True)
+class ConvConfig:
+    """How a Triton convolution is launched: rows and columns of a program's tile, depth of a step's sums."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    def flat(self, channels: int) -> bool:
+        """Taps and channels are gone along as one: few channels would leave a block of one tap empty."""
+        return channels < 16
+
+    def steps(self, channels: int, taps: int) -> int:
+        """Steps of a program that sums over all taps and channels."""
+        whole = -(-taps * channels // self.depth)
+        return whole if self.flat(channels) else taps * -(-channels // self.depth)
+
+
+CONV_PROGRAMS = 132
+"""Tiles below which a convolution's sums are split: the multiprocessors of an H100. Not measured."""
+
+# Bytes of an element -> from the largest tile to the smallest, chosen by what fits registers and shared
+# memory of every architecture; not measured. float32 uses no tensor cores, unless tf32 is allowed.
+CONV_CONFIGS: dict[int, tuple[ConvConfig, ...]] = {
+    2: (
+        ConvConfig(128, 128, 64, 8, 3),
+        ConvConfig(128, 64, 64, 8, 3),
+        ConvConfig(64, 64, 64, 4, 3),
+        ConvConfig(64, 64, 32, 4, 3),
+    ),
+    4: (ConvConfig(64, 64, 16, 8, 3), ConvConfig(32, 32, 16, 4, 3)),
+    8: (ConvConfig(32, 32, 16, 4, 2),),
+}
+
+
+def conv_config(rows: int, columns: int, channels: int, element_size: int, widest: int = 128) -> ConvConfig:
+    """For a product of rows (pixels) x columns (channels made) over channels.
+
+    The largest tiles that fill the device twice, no wider than the columns; short steps for few channels.
+    """
+    configs = [c for c in CONV_CONFIGS[element_size] if c.columns <= widest]
+    if element_size == 2:
+        configs = configs[-1:] if channels <= 32 else configs[:-1]
+    for config in configs[:-1]:
+        tiles = -(-rows // config.rows) * -(-columns // config.columns)
+        if tiles >= 2 * CONV_PROGRAMS and config.columns <= max(columns, 64):
+            return config
+    return configs[-1]
+
+
+CONV_INPUT_WIDEST = 64
+"""Widest tile of an input gradient: with a prologue's derivative a wider one does not fit the registers."""
+
+CONV_WEIGHT_CONFIGS: dict[int, tuple[ConvConfig, ...]] = {
+    2: (ConvConfig(64, 64, 64, 4, 3),),
+    4: (ConvConfig(64, 64, 16, 8, 2),),
+    8: (ConvConfig(32, 32, 16, 4, 2),),
+}
+
+
+def weight_gradient_config(channels: int, element_size: int) -> ConvConfig:
+    """For a convolution's weight gradient: rows are channels made, columns channels, sums over pixels."""
+    return CONV_WEIGHT_CONFIGS[element_size][0]
+
+
+def conv_splits(tiles: int, steps: int) -> tuple[int, int]:
+    """Into how many parts the steps of a sum are split, and steps of a part: 4 at least."""
+    splits = max(min(2 * CONV_PROGRAMS // tiles, steps // 4), 1) if tiles < CONV_PROGRAMS else 1
+    steps_a_split = -(-steps // splits)
+    return -(-steps // steps_a_split), steps_a_split
+
+
 def linear_chunk(rows: int, classes: int) -> int:
     """Rows of logits that a linear layer with its loss makes at once: a sixteenth, or 4M logits if more."""
     return max(-(-rows // 16), (1 << 22) // classes, 1)

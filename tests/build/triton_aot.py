@@ -26,7 +26,11 @@ from triton.compiler import ASTSource
 from nnfast.activation import kernels as activation
 from nnfast.attention import kernels as attention
 from nnfast.conv_bn_act import kernels as conv_bn_act
+from nnfast.convolution import kernels as convolution
 from nnfast.core.tuning import (
+    CONV_CONFIGS,
+    CONV_INPUT_WIDEST,
+    CONV_WEIGHT_CONFIGS,
     attention_config,
     norm_rows_config,
     pointwise_config,
@@ -57,6 +61,7 @@ def cases() -> Iterator[Case]:
         if dtype != "fp16":  # launched as bf16
             yield from softmax_cases(dtype, size)
             yield from batch_norm_cases(dtype, size)
+            yield from convolution_cases(dtype, size)
 
 
 def activation_cases(dtype: str, size: int) -> Iterator[Case]:
@@ -260,6 +265,58 @@ def attention_case(
     return name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
 
 
+INTEGERS = ("rows", "images", "splits", "steps_a_split", "rows_a_split")
+"""Lengths of convolutions that nothing is known of; channels and images are multiples of 16."""
+
+CONVOLUTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "forward bias residual": ("forward", {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue partial work"}),
+    "forward prologue statistics": ("forward", {"ACT": 0, "PROLOGUE": 1, "left_out": "bias residual work"}),
+    "forward split": ("forward", {"ACT": 0, "PROLOGUE": 0, "left_out": "prologue bias residual partial"}),
+    "forward flat": ("forward", {"ACT": 0, "PROLOGUE": 0, "left_out": "prologue bias residual work"}),
+    "input_gradient mask": ("input_gradient", {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue partial x"}),
+    "input_gradient prologue": ("input_gradient", {"ACT": 0, "PROLOGUE": 4, "left_out": "y added"}),
+    "weight_gradient mask": ("weight_gradient", {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue"}),
+    "weight_gradient prologue": ("weight_gradient", {"ACT": 0, "PROLOGUE": 1, "left_out": "y bias_partial"}),
+    "finish": ("finish", {"ACT": 1, "left_out": ""}),
+}
+"""Kernel and constants of what is compiled, and the pointers that are not given."""
+
+
+def convolution_cases(dtype: str, size: int) -> Iterator[Case]:
+    """Convolutions of 3x3 with every configuration; what differs little between them with the first alone."""
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    for what, (kernel, given) in CONVOLUTIONS.items():
+        configs = CONV_WEIGHT_CONFIGS[size] if kernel == "weight_gradient" else CONV_CONFIGS[size]
+        if kernel == "input_gradient":
+            configs = tuple(c for c in configs if c.columns <= CONV_INPUT_WIDEST)
+        if kernel == "finish" or what in ("forward split", "forward flat"):
+            configs = configs[-1:]
+        function = getattr(convolution, f"{kernel}_kernel")
+        precisions = ["ieee", "tf32"] if dtype == "fp32" and kernel != "finish" else ["ieee"]
+        left_out = given["left_out"].replace("prologue", "center scale shift").split()
+        for precision, config in itertools.product(precisions, configs):
+            stride = 2 if what == "input_gradient mask" else 1
+            known = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3, "STRIDE_HEIGHT": stride, "STRIDE_WIDTH": stride}
+            known |= {"FLAT": what == "forward flat", "SCALED": False, "PRECISION": precision, "GROUP": 8}
+            known |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, **given}
+            if kernel == "finish":
+                known["COLUMNS"] = 32
+            known |= {f"{name}_ptr": None for name in left_out}
+            constants = {name: value for name, value in known.items() if name in function.arg_names}
+            types = {}
+            for name in function.arg_names:
+                narrow = ("x", "weight", "residual", "y", "grad", "added", "dx")
+                if name.endswith("_ptr"):
+                    types[name] = f"*{dtype if name.removesuffix('_ptr') in narrow else wide}"
+                elif name.islower():
+                    aligned = name.endswith("channels")
+                    types[name] = "fp64" if "slope" in name else "i32:16" if aligned else "i32"
+            types = {name: value for name, value in types.items() if name not in constants}
+            tile = f"{config.rows}x{config.columns}x{config.depth}"
+            name = f"convolution {what} {tile} {precision} {dtype}"
+            yield name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
+
+
 def compile_case(
     kernel: Any,
     types: dict[str, str],
@@ -277,6 +334,8 @@ def compile_case(
         if given[name].startswith("*") or given[name].endswith(":16")
     }
     source = ASTSource(kernel, signature, constants, aligned)
+    if target.backend == "hip" and "num_stages" in options:
+        options = {**options, "num_stages": min(options["num_stages"], 2)}  # as the launcher does
     return triton.compile(source, target, {"num_warps": warps, **options})
 
 
@@ -326,11 +385,11 @@ def _machine_code(compiled: Any) -> dict[str, Any]:
 def builds() -> list[tuple[Case, str]]:
     """Cases and their targets.
 
-    Softmax has a case for every block size: the first and the last go to all targets, those between, which
+    Some have a case for every block size: the first and the last go to all targets, those between, which
     have as much to do for a thread, to AMD's and to one of NVIDIA's in turn.
     """
     found = []
-    for _, group in itertools.groupby(cases(), lambda case: re.sub(r"\d+x\d+", "", case[0])):
+    for _, group in itertools.groupby(cases(), lambda case: re.sub(r"\d+(x\d+)+", "", case[0])):
         sizes = list(group)
         for i, case in enumerate(sizes):
             one = NVIDIA[i % len(NVIDIA)]

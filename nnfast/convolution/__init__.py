@@ -1,0 +1,1 @@
+"""Convolutions with what stands before and after them."""

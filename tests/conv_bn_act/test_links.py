@@ -1,0 +1,198 @@
+"""Blocks trained by our own convolutions: results, gradients, what is saved, who is asked."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import nnfast
+from nnfast.conv_bn_act import blocks, links
+from nnfast.core.op import triton_why_not
+from tests.conv_bn_act.test_blocks import BLOCKS, CHANNELS_LAST, error, image, step
+
+pytestmark = pytest.mark.skipif(bool(triton_why_not("cpu")), reason="Triton's interpreter is off")
+
+OURS = sorted(BLOCKS.keys() - {"ResNeXt", "dilated"})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a chain was trained by our convolutions."""
+    seen = []
+
+    def train(*args):
+        seen.append(args)
+        return original(*args)
+
+    original = links.train
+    monkeypatch.setattr(links, "train", train)
+    return seen
+
+
+def both(name):
+    torch.manual_seed(0)
+    theirs, ours = (BLOCKS[name](which) for which in (False, True))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_training_is_as_exact_as_torch(name, calls):
+    theirs, ours = both(name)
+    x = image(CHANNELS_LAST, size=7)
+    truth, torchs = step(copy.deepcopy(theirs).double(), x.double()), step(theirs, x)
+    with nnfast.backend("triton"):
+        found = step(ours, x)
+    assert len(calls) == (name in OURS)
+    names = ["y", "x", *dict(theirs.named_parameters())]
+    for what, t, a, b in zip(names, truth, found, torchs, strict=True):
+        assert a.stride() == b.stride(), what
+        assert error(a, t) <= 2 * error(b, t) + 2e-6, what
+    for (what, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert_close(a, b, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types(half, calls):
+    theirs, ours = both("Bottleneck, projection")
+    x = image(CHANNELS_LAST, half, size=6)
+    truth = step(copy.deepcopy(theirs).double(), x.double())
+    torchs = step(copy.deepcopy(theirs).to(half), x)
+    with nnfast.backend("triton"):
+        found = step(ours.to(half), x)
+    assert calls
+    for t, a, b in zip(truth, found, torchs, strict=True):
+        assert float((a.double() - t).norm()) <= 2 * float((b.double() - t).norm()) + 1e-6 * float(t.norm())
+
+
+def test_autocast(calls):
+    theirs, ours = both("BasicBlock, projection")
+    x = image(CHANNELS_LAST, size=6)
+    results = []
+    for block in (theirs, ours):
+        with nnfast.backend("triton"), torch.autocast("cpu", torch.bfloat16):
+            results.append(step(block, x))
+    assert calls
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a - b).norm()) <= 0.05 * float(b.norm())
+
+
+@pytest.mark.parametrize("act", ["relu", "mish"])
+def test_double_backward(act):
+    torch.manual_seed(0)
+    units = [
+        blocks.Unit(nn.Conv2d(*sizes, bias=bias).double(), nn.BatchNorm2d(sizes[1]).double(), act)
+        for sizes, bias in (((2, 3, 1), True), ((3, 2, (2, 1)), False))
+    ]
+    parameters = [p for unit in units for m in (unit.conv, unit.bn) for p in m.parameters()]
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+
+    def function(x, *_):
+        return blocks.chain(units, x)
+
+    with nnfast.backend("triton"):
+        assert gradcheck(function, (x, *parameters))
+        assert gradgradcheck(function, (x, *parameters))
+
+
+SAVED = {"seed": 3, "BasicBlock": 3, "Bottleneck": 4}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_saved(name, calls):
+    """The input and what each convolution makes; torch saves what each activation makes too."""
+    theirs, ours = both(name)
+    counts = []
+    for block in (ours, theirs):
+        saved = {}
+        x = image(CHANNELS_LAST, size=6).requires_grad_()
+
+        def keep(t, saved=saved):
+            if t.dim() == 4 and t.shape[0] * t.shape[2:].numel() == 4 * 6 * 6:
+                saved[t.data_ptr()] = t  # held, so that no other takes its place
+            return t
+
+        with nnfast.backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            block(x)
+        counts.append(len(saved))
+    assert calls
+    assert counts == [SAVED[name], {3: 5, 4: 7}[SAVED[name]]]
+
+
+def test_checkpointed_forward_counts_once(calls):
+    _, plain = both("seed")
+    _, repeated = both("seed")
+    x = image(CHANNELS_LAST, size=5).requires_grad_()
+    with nnfast.backend("triton"):
+        plain(x).sum().backward()
+        checkpoint(repeated, x, use_reentrant=False).sum().backward()
+    assert len(calls) == 3
+    assert_close(dict(repeated.named_buffers()), dict(plain.named_buffers()))
+    for a, b in zip(plain.parameters(), repeated.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+
+
+def test_without_gradients(calls):
+    theirs, ours = both("BasicBlock")
+    x = image(CHANNELS_LAST, size=5)
+    with torch.no_grad(), nnfast.backend("triton"):
+        assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert calls
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_conv_bn_act_with_a_residual(calls):
+    torch.manual_seed(0)
+    module = nnfast.ConvBNAct(5, 6, 3, 2, 1, bias=True, act="leaky_relu", negative_slope=0.25)
+    x, residual = (
+        torch.randn(s).contiguous(memory_format=CHANNELS_LAST) for s in ((2, 5, 7, 7), (2, 6, 4, 4))
+    )
+    expected = module.act and nn.functional.leaky_relu(
+        copy.deepcopy(module.bn)(module.conv(x)) + residual, 0.25
+    )
+    with nnfast.backend("triton"):
+        assert_close(module(x, residual), expected, rtol=1e-4, atol=1e-5)
+    assert calls
+    with nnfast.backend("triton"), pytest.raises(ValueError, match="residual has shape"):
+        module(x, residual[:1])
+    with nnfast.backend("triton"), pytest.raises(RuntimeError, match="channels"):
+        module(x[:, :4])
+
+
+@pytest.mark.parametrize("name", ["seed, projection", "Bottleneck", "ResNeXt"])
+def test_inference_folds_into_our_convolution(name, monkeypatch):
+    theirs, ours = (block.eval().requires_grad_(False) for block in both(name))
+    for block in (theirs, ours):
+        for bn in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+            torch.manual_seed(1)
+            bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
+    found = []
+    original = links.infer
+
+    def infer(*args):
+        found.append(original(*args))
+        return found[-1]
+
+    monkeypatch.setattr(links, "infer", infer)
+    x = image(CHANNELS_LAST, size=6)
+    with nnfast.backend("triton"):
+        assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert [y is None for y in found] == [name == "ResNeXt" and i == 1 for i in range(3)]
+
+
+def test_not_forced_torchs_convolution_serves(calls):
+    _, ours = both("BasicBlock")
+    ours(image(CHANNELS_LAST, size=5))
+    for backend in ("aten", "reference"):
+        with nnfast.backend(backend):
+            ours(image(CHANNELS_LAST, size=5))
+    with nnfast.backend("triton"):
+        ours(image(size=5))  # contiguous
+    assert not calls

@@ -1,0 +1,389 @@
+"""Our convolution against torch's: every prologue and epilogue, odd sizes, all configurations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import nnfast
+from nnfast.activation.reference import ACTIVATIONS, act
+from nnfast.conv_bn_act.op import merge_statistics
+from nnfast.convolution import op, reference
+from nnfast.core import tuning
+from nnfast.core.op import triton_why_not
+
+LAST = torch.channels_last
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = {  # (N, C, H, W), O, kernel, stride, padding
+    "3x3": ((2, 10, 9, 7), 20, (3, 3), (1, 1), (1, 1)),
+    "3x3 stride": ((1, 65, 9, 6), 33, (3, 3), (2, 2), (1, 1)),
+    "stem": ((2, 3, 13, 11), 16, (7, 7), (2, 2), (3, 3)),
+    "1x1": ((3, 16, 5, 5), 70, (1, 1), (1, 1), (0, 0)),
+    "1x1 stride": ((2, 18, 6, 5), 9, (1, 1), (2, 2), (0, 0)),
+    "5x5": ((1, 3, 9, 9), 8, (5, 5), (1, 1), (2, 2)),
+    "uneven": ((2, 17, 8, 9), 5, (3, 1), (2, 1), (0, 2)),
+    "one pixel": ((1, 33, 1, 1), 3, (3, 3), (1, 1), (1, 1)),
+    "wide padding": ((1, 10, 3, 4), 4, (3, 3), (1, 1), (3, 2)),
+}
+EPILOGUES = {
+    "": (),
+    "bias": ("bias",),
+    "bias relu": ("bias", "relu"),
+    "residual leaky_relu": ("residual", "leaky_relu"),
+    "bias residual silu": ("bias", "residual", "silu"),
+    "mish": ("mish",),
+    "statistics": ("statistics",),
+}
+PROLOGUES = ("", "identity", "relu", "leaky_relu", "silu", "mish")
+
+
+@pytest.fixture(params=["triton", "reference"])
+def kernels(request):
+    """The three operators of a backend."""
+    if request.param == "triton":
+        if missing := triton_why_not("cpu"):
+            pytest.skip(missing)
+        return op.CONV2D_ACT.kernels
+    return reference
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(shape, dtype, epilogue=(), prologue="", center=True):
+    """Operands of the forward operator."""
+    size, out_channels, kernel, stride, padding = shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(size).to(dtype).contiguous(memory_format=LAST)
+    weight = torch.randn(out_channels, size[1], *kernel).to(dtype)
+    bias = torch.randn(out_channels, dtype=wide) if "bias" in epilogue else None
+    norm = [torch.randn(size[1], dtype=wide) if prologue else None for _ in range(3)]
+    if not center:
+        norm[0] = None
+    code = next((ACTIVATIONS[name] for name in epilogue if name in ACTIVATIONS), 0)
+    y = torch.empty(op.convolved_size(size, weight.shape, stride, padding))
+    residual = (
+        torch.randn_like(y).to(dtype).contiguous(memory_format=LAST) if "residual" in epilogue else None
+    )
+    tail = (ACTIVATIONS[prologue] if prologue else 0, 0.125, list(stride), list(padding), code, 0.25)
+    return x, weight, bias, residual, *norm, *tail, "statistics" in epilogue
+
+
+def double(given):
+    return [t.double() if isinstance(t, torch.Tensor) else t for t in given]
+
+
+def truth_of(given):
+    """By torch's convolution in float64."""
+    x, weight, bias, residual, center, scale, shift, prologue, slope, stride, padding, code, last, _ = given
+    if scale is not None:
+        x = x if center is None else x - center.view(-1, 1, 1)
+        x = act(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), prologue, slope)
+    y = F.conv2d(x, weight, bias, tuple(stride), tuple(padding))
+    return act(y if residual is None else y + residual, code, last)
+
+
+def near(found, truth, dtype, roundings=8):
+    """To some roundings of the largest result; sums over pixels, whose terms cancel, to more."""
+    eps, truth = torch.finfo(dtype).eps, truth.detach()
+    error = float((found.double() - truth).abs().max())
+    assert found.shape == truth.shape
+    assert error <= eps * roundings * max(float(truth.abs().max()), 1e-3), error
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_every_prologue_and_epilogue(kernels, prologue, epilogue):
+    turn = PROLOGUES.index(prologue) + list(EPILOGUES).index(epilogue)
+    for i, dtype in enumerate(DTYPES):
+        shape = list(SHAPES.values())[(turn * 4 + i) % len(SHAPES)]
+        given = make(shape, dtype, EPILOGUES[epilogue], prologue, center=turn % 2 == 0)
+        y, statistics = kernels.forward(*given)
+        truth = truth_of(double(given))
+        near(y, truth, dtype)
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=LAST)
+        if epilogue == "statistics":
+            stored = y.double()
+            mean, var = merge_statistics(statistics)
+            assert_close(mean.double(), stored.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+            assert_close(var.double(), stored.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
+        else:
+            assert not statistics.numel()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(kernels, shape):
+    for dtype in DTYPES:
+        given = make(SHAPES[shape], dtype, ("bias", "relu"))
+        near(kernels.forward(*given)[0], truth_of(double(given)), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prologue", ["", "relu", "mish"])
+def test_gradients(kernels, shape, prologue):
+    for dtype, code in zip(DTYPES, itertools.cycle([("relu",), ("leaky_relu",), ()])):
+        given = make(SHAPES[shape], dtype, ("bias", *code), prologue)
+        x, weight, _, _, *norm = given[:7]
+        y = kernels.forward(*given)[0]
+        grad = torch.randn_like(y)
+        exact = double(given)
+        for i in (0, 1, 2, 4, 5, 6):
+            if exact[i] is not None:
+                exact[i].requires_grad_()
+        z = truth_of([*exact[:11], 0, 0.0, False])
+        below = z * 0.25 if code == ("leaky_relu",) else z * 0
+        out = torch.where(y > 0, z, below) if code else z
+        added = torch.randn_like(x)
+        out = out.mul(grad.double()).sum()
+        wanted = [exact[i] for i in (0, 1, 2, 5, 6) if exact[i] is not None]
+        truth = dict(zip([i for i in (0, 1, 2, 5, 6) if exact[i] is not None],
+                         torch.autograd.grad(out, wanted), strict=True))  # fmt: skip
+        mask = (y if code else None, weight)
+        before = (x if prologue else None, *norm, *given[7:9])
+        after = (*given[9:11], given[11], 0.25)
+        dx, sum_dz, sum_dz_x = kernels.input_gradient(grad, *mask, None, *before, list(x.shape), *after, True)
+        near(dx, truth[0], dtype)
+        if prologue:
+            near(sum_dz, truth[6], torch.promote_types(dtype, torch.float32), 64)
+            near(sum_dz_x, truth[5], torch.promote_types(dtype, torch.float32), 64)
+            unscaled = kernels.input_gradient(grad, *mask, None, *before, list(x.shape), *after, False)[0]
+            near(unscaled, truth[0] / exact[5].detach().view(-1, 1, 1), dtype)
+        else:
+            with_added = kernels.input_gradient(grad, *mask, added, *before, list(x.shape), *after, True)[0]
+            near(with_added, truth[0] + added.double(), dtype)
+        dweight, dbias = kernels.weight_gradient(
+            grad, mask[0], x, *norm, *given[7:9], list(weight.shape[2:]), *after, True
+        )
+        near(dweight, truth[1], dtype)
+        near(dbias, truth[2], torch.promote_types(dtype, torch.float32), 64)
+
+
+CONFIGS = [(size, config) for size, configs in tuning.CONV_CONFIGS.items() for config in configs]
+
+
+@pytest.mark.parametrize(("size", "config"), CONFIGS, ids=str)
+def test_every_configuration_is_right(size, config, monkeypatch):
+    """A template of 3x3 convolutions elsewhere was wrong at 8 warps (pytorch#173068): every one that
+    is shipped goes over tiles and steps that are not full."""
+    if missing := triton_why_not("cpu"):
+        pytest.skip(missing)
+    from nnfast.convolution import kernels
+
+    def chosen(*args):
+        return config
+
+    monkeypatch.setattr(kernels, "conv_config", chosen)
+    monkeypatch.setattr(op, "conv_config", chosen)
+    for dtype in (d for d in DTYPES if d.itemsize == size):
+        shape = ((2, 70, 9, 9), 131, (3, 3), (1, 1), (1, 1))
+        given = make(shape, dtype, ("bias", "relu", "statistics"), "relu")
+        y, statistics = op.CONV2D_ACT.kernels.forward(*given)
+        near(y, truth_of(double(given)), dtype)
+        assert_close(
+            merge_statistics(statistics)[0].double(), y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-6
+        )
+        if config.columns > tuning.CONV_INPUT_WIDEST:
+            continue
+        grad, x = torch.randn_like(y), given[0]
+        arguments = (
+            grad,
+            y,
+            given[1],
+            None,
+            None,
+            None,
+            None,
+            None,
+            0,
+            0.0,
+            list(x.shape),
+            [1, 1],
+            [1, 1],
+            1,
+            0.0,
+        )
+        found = op.CONV2D_ACT.kernels.input_gradient(*arguments, True)[0]
+        near(found, reference.input_gradient(*double(arguments), True)[0], dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_split_sums_are_the_same(splits, monkeypatch):
+    if missing := triton_why_not("cpu"):
+        pytest.skip(missing)
+    from nnfast.convolution import kernels
+
+    def split(tiles, steps):
+        each = -(-steps // splits)
+        return -(-steps // each), each
+
+    monkeypatch.setattr(kernels, "conv_splits", split)
+    for epilogue in (("bias", "residual", "relu"), ("statistics",)):
+        given = make(((2, 40, 6, 7), 35, (3, 3), (1, 1), (1, 1)), torch.float32, epilogue, "relu")
+        y, statistics = op.CONV2D_ACT.kernels.forward(*given)
+        near(y, truth_of(double(given)), torch.float32)
+        if statistics.numel():
+            assert_close(
+                merge_statistics(statistics)[1], y.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_what_is_chosen_for_a_shape():
+    config = tuning.conv_config(256 * 56 * 56, 64, 64, 2)
+    assert (config.rows, config.columns) == (128, 64)
+    assert tuning.conv_config(256 * 14 * 14, 256, 256, 2).columns == 128
+    assert tuning.conv_config(256 * 14 * 14, 256, 256, 2, tuning.CONV_INPUT_WIDEST).columns == 64
+    assert tuning.conv_config(1000, 64, 3, 2).depth == 32
+    assert tuning.conv_splits(4, 72) == (18, 4)
+    assert tuning.conv_splits(1000, 72) == (1, 72)
+
+
+def function(x, weight, bias, residual, scale, shift, **options):
+    return nnfast.functional.conv2d_act(
+        x.contiguous(memory_format=LAST), weight, bias, 1, 1, residual=residual, **options,
+        prologue=None if scale is None else (scale, shift, options.pop("before", "silu")),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu", "silu"])
+def test_gradcheck_of_everything(name):
+    if missing := triton_why_not("cpu"):
+        pytest.skip(missing)
+    leaves = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((1, 2, 3, 2), (3, 2, 3, 3), (3,), (1, 3, 3, 2), (2,), (2,))
+    ]
+    with nnfast.backend("triton"):
+        assert gradcheck(lambda *t: function(*t, act=name, negative_slope=0.25), leaves)
+        assert gradgradcheck(lambda *t: function(*t, act=name, negative_slope=0.25), leaves)
+
+
+def test_gradients_are_the_references():
+    """Of every argument, of a slope below zero and of one argument alone."""
+    if missing := triton_why_not("cpu"):
+        pytest.skip(missing)
+    for name, slope in (("relu", 0.0), ("leaky_relu", -0.5), ("mish", 0.0)):
+        leaves = [
+            torch.randn(shape, requires_grad=True)
+            for shape in ((2, 5, 4, 6), (7, 5, 3, 3), (7,), (2, 7, 4, 6), (5,), (5,))
+        ]
+        found = []
+        for backend in ("triton", "reference", "aten"):
+            with nnfast.backend(backend):
+                y = function(*leaves, act=name, negative_slope=slope)
+                found.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y) / 3)])
+        for other in found[1:]:
+            assert_close(found[0], other, rtol=1e-4, atol=1e-4)
+        with nnfast.backend("triton"):
+            for i, leaf in enumerate(leaves):
+                alone = [t if i == j else t.detach() for j, t in enumerate(leaves)]
+                y = function(*alone, act=name, negative_slope=slope)
+                assert_close(torch.autograd.grad(y, leaf, torch.ones_like(y) / 3)[0], found[0][i + 1])
+
+
+def test_what_is_saved():
+    """x and y; not what the prologue makes of x."""
+    if missing := triton_why_not("cpu"):
+        pytest.skip(missing)
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=LAST).requires_grad_()
+    weight = torch.randn(16, 16, 3, 3, requires_grad=True)
+    for name, count in (("identity", 1), ("relu", 2)):
+        saved = []
+        with (
+            nnfast.backend("triton"),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.append(t) or t, lambda t: t
+            ),
+        ):
+            function(x, weight, None, None, torch.ones(16), torch.ones(16), act=name)
+        assert len({t.data_ptr() for t in saved if t.numel() == x.numel()}) == count
+
+
+REASONS = {
+    "groups": ({"groups": 2}, (2, 8, 5, 5), 3, "groups is 2"),
+    "dilation": ({"dilation": 2}, (2, 8, 9, 9), 3, r"dilation is \(2, 2\)"),
+    "stride": ({"stride": 3}, (2, 8, 9, 9), 3, r"stride is \(3, 3\)"),
+    "kernel": ({}, (2, 8, 12, 12), 9, "the kernel is 9x9; ours go to 7x7"),
+    "layout": ({}, (2, 8, 9, 9), 3, "not laid out in torch.channels_last"),
+    "empty": ({}, (0, 8, 9, 9), 3, "empty"),
+}
+
+
+@pytest.mark.parametrize("why", REASONS)
+def test_why_not(why):
+    """Each reason is named, refused where forced, and torch's own serves the call."""
+    options, size, kernel, words = REASONS[why]
+    x = torch.randn(size)
+    if why != "layout":
+        x = x.contiguous(memory_format=LAST)
+    weight = torch.randn(8, 8 // options.get("groups", 1), kernel, kernel)
+    explanation = nnfast.explain(nnfast.functional.conv2d_act, x, weight, **options)
+    assert explanation.backend == "aten"
+    with nnfast.backend("triton"), pytest.raises(nnfast.BackendError, match=words):
+        nnfast.functional.conv2d_act(x, weight, **options)
+    assert_close(nnfast.functional.conv2d_act(x, weight, **options), F.conv2d(x, weight, **options))
+
+
+def test_serves_only_where_forced():
+    x, weight = torch.randn(2, 8, 9, 9).contiguous(memory_format=LAST), torch.randn(8, 8, 3, 3)
+    assert nnfast.explain("conv2d_act", x, weight).backend == "aten"
+
+
+WRONG = {
+    "input has shape": lambda x, w: (x[0], w),
+    "weight has shape": lambda x, w: (x, w[0]),
+    "needs 4, and as many": lambda x, w: (x, w[:, :4]),
+    "weight has dtype": lambda x, w: (x, w.half()),
+    "bias has shape": lambda x, w: (x, w, torch.ones(3)),
+    "stride is": lambda x, w: (x, w, None, 0),
+    "smaller than the kernel": lambda x, w: (x[..., :2], w),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_arguments_are_named(words):
+    arguments = WRONG[words](torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3))
+    with pytest.raises(ValueError, match=words):
+        nnfast.functional.conv2d_act(*arguments)
+
+
+def test_wrong_options_are_named():
+    x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3)
+    scale = torch.ones(8)
+    for error, words, options in (
+        (ValueError, "act is 'tanh'", {"act": "tanh"}),
+        (ValueError, "residual has shape", {"residual": x}),
+        (ValueError, "residual has dtype", {"residual": torch.randn(2, 8, 3, 3).double()}),
+        (ValueError, "prologue's scale has shape", {"prologue": (scale[:3], scale, "relu")}),
+        (ValueError, "prologue's act is 'x'", {"prologue": (scale, scale, "x")}),
+        (TypeError, "prologue is", {"prologue": (scale, scale)}),
+        (TypeError, "padding is 'same'", {"padding": "same"}),
+        (TypeError, "residual is a int", {"residual": 3}),
+    ):
+        with pytest.raises(error, match=words):
+            nnfast.functional.conv2d_act(x, weight, **options)
+    with pytest.raises(TypeError, match="input is a list"):
+        nnfast.functional.conv2d_act([1.0], weight)
+    with pytest.raises(NotImplementedError, match="int64"):
+        nnfast.functional.conv2d_act(x.long(), weight.long())
+
+
+def test_module_is_a_convolution():
+    torch.manual_seed(0)
+    ours, theirs = nnfast.Conv2dAct(6, 8, 3, 2, 1, act="silu"), nn.Conv2d(6, 8, 3, 2, 1)
+    ours.load_state_dict(theirs.state_dict())
+    x, residual = torch.randn(2, 6, 9, 9), torch.randn(2, 8, 5, 5)
+    expected = F.silu(theirs(x) + residual)
+    assert_close(ours(x, residual), expected)
+    with nnfast.backend("triton"):
+        assert_close(ours(x.contiguous(memory_format=LAST), residual), expected, rtol=1e-4, atol=1e-4)
+    assert "act='silu'" in repr(ours)
+    assert nnfast.explain(ours, x).backend == "aten"
