@@ -35,7 +35,7 @@ struct Power {
 // exp(x_j - shift) over j != t.
 template <class T>
 struct TargetClass {
-  T sum, p, q, cross_entropy;
+  T sum, p, q, cross_entropy;  // sum: over all j
 
   NNFAST_INLINE TargetClass(T distance, T others) {
     const T mine = Precise::exp(distance);
@@ -47,16 +47,11 @@ struct TargetClass {
         Precise::log1p(mine > others ? others / mine : sum - 1) - (mine > others ? T{} : distance);
   }
 
-  template <class Compute>
-  NNFAST_INLINE T loss(const Power<Compute>& power, T alpha) const {
-    return alpha * power.template of<Precise>(q) * cross_entropy;
-  }
-
   // k in dloss/dx_j = k (p_j - delta_jt). Towards q = 0 the ratio of cross entropy and q goes to 1, and
   // towards p_t = 0 the product of p_t and cross entropy to 0.
   template <class Compute>
-  NNFAST_INLINE T slope(const Power<Compute>& power, T alpha) const {
-    T slope = alpha * power.template of<Precise>(q);
+  NNFAST_INLINE T slope(const Power<Compute>& power, T alpha, T q_to_gamma) const {
+    T slope = alpha * q_to_gamma;
     if (power.gamma != 0) {
       const T ratio = q == Compute(0) ? T{} + 1 : cross_entropy / q;
       const T product = p == Compute(0) ? T{} : p * ratio;

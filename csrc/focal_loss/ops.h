@@ -1,7 +1,7 @@
 // The focal loss's operators on a Device that offers, besides map (common/elementwise.h),
-//   Device::softmax_forward(SoftmaxRows<T>, loss, device_index)
-//   Device::softmax_backward(SoftmaxRows<T>, grad, dx, device_index)
-// where log_sum_exp in SoftmaxRows is written by the forward and read by the backward.
+//   Device::softmax_forward(SoftmaxRows<T>, SoftmaxLoss, device_index)
+//   Device::softmax_backward(SoftmaxRows<T>, Upstream, dx, device_index)
+// where slopes in SoftmaxRows are written by the forward and read by the backward.
 #pragma once
 
 #include <optional>
@@ -18,10 +18,14 @@ struct SoftmaxRows {
   using Compute = typename Scalar<T>::Compute;
   const T* x;
   const int64_t* target;
-  const Compute* alpha;  // (classes,) or null
-  Compute* log_sum_exp;
-  Power<Compute> power;
+  Compute* slopes;  // (3, rows): shift, scale, at_target
   int64_t ignore_index, classes, inner, rows;
+
+  // For an upstream gradient of one, that of x_j is exp(x_j - shift) * scale, and at_target at the target.
+  // Neither comes from a log-sum-exp: that is rounded, and p with it by as much as it is large.
+  NNFAST_INLINE Compute* shift() const { return slopes; }
+  NNFAST_INLINE Compute* scale() const { return slopes + rows; }
+  NNFAST_INLINE Compute* at_target() const { return slopes + 2 * rows; }
 
   NNFAST_INLINE bool is_class(int64_t target) const { return target >= 0 && target < classes; }
 
@@ -29,6 +33,23 @@ struct SoftmaxRows {
   NNFAST_INLINE int64_t first(int64_t row) const {
     return inner == 1 ? row * classes : row / inner * classes * inner + row % inner;
   }
+};
+
+// What the forward computes for each row.
+template <class Compute>
+struct SoftmaxLoss {
+  Compute* loss;
+  const Compute* alpha;  // (classes,) or null
+  Power<Compute> power;
+};
+
+// A gradient for each row; step 0 is the same one for all, as a sum's or a mean's.
+template <class Compute>
+struct Upstream {
+  const Compute* grad;
+  int64_t step;
+
+  NNFAST_INLINE Compute of(int64_t row) const { return grad[row * step]; }
 };
 
 template <class Device>
@@ -40,29 +61,44 @@ struct FocalLoss {
                                             double gamma, int64_t ignore_index) {
     return dispatch(softmax_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(x, target, alpha);
+      const Arguments<T> arguments(x, target);
+      using Compute = typename Scalar<T>::Compute;
+      Alpha weights;
+      if (alpha) {
+        arguments.check_tensor("alpha", *alpha, {x.size(1)});
+        weights = contiguous(*alpha);
+      }
+      check_gamma(softmax_name, gamma);
       const auto dtype = std::make_optional(arguments.dtype);
       Tensor loss = torch::stable::new_empty(x, target.sizes(), dtype);
-      Tensor log_sum_exp = torch::stable::new_empty(x, target.sizes(), dtype);
-      const auto rows = arguments.rows(log_sum_exp.mutable_data_ptr(), gamma, ignore_index);
-      Device::softmax_forward(rows, arguments.data(loss), x.get_device_index());
-      return std::make_tuple(loss, log_sum_exp);
+      Tensor slopes = torch::stable::new_empty(x, {3, x.size(0), x.size(2)}, dtype);
+      const SoftmaxLoss<Compute> to{
+          static_cast<Compute*>(loss.mutable_data_ptr()),
+          weights ? static_cast<const Compute*>(weights->const_data_ptr()) : nullptr, Power<Compute>(gamma)};
+      Device::softmax_forward(arguments.rows(slopes.mutable_data_ptr(), ignore_index), to,
+                              x.get_device_index());
+      return std::make_tuple(loss, slopes);
     });
   }
 
   static Tensor softmax_backward(const Tensor& grad, const Tensor& x, const Tensor& target,
-                                 const Alpha& alpha, const Tensor& log_sum_exp, double gamma,
-                                 int64_t ignore_index) {
+                                 const Tensor& slopes, int64_t ignore_index) {
     return dispatch(softmax_name, x, [&](auto element) {
       using T = decltype(element);
-      const Arguments<T> arguments(x, target, alpha);
-      const Tensor upstream = arguments.one_a_row("grad", grad);
-      const Tensor saved = arguments.one_a_row("log_sum_exp", log_sum_exp);
+      using Compute = typename Scalar<T>::Compute;
+      const Arguments<T> arguments(x, target);
+      arguments.check_tensor("grad", grad, {x.size(0), x.size(2)});
+      arguments.check_tensor("slopes", slopes, {3, x.size(0), x.size(2)});
+      const bool one_for_all =
+          (grad.size(0) == 1 || grad.stride(0) == 0) && (grad.size(1) == 1 || grad.stride(1) == 0);
+      const Tensor upstream = one_for_all ? grad : contiguous(grad), saved = contiguous(slopes);
       Tensor dx = torch::stable::new_empty(x, x.sizes());
       // Only read: const_data_ptr, so that copy-on-write memory stays shared.
-      const auto rows = arguments.rows(const_cast<void*>(saved.const_data_ptr()), gamma, ignore_index);
-      Device::softmax_backward(rows, arguments.data(upstream), static_cast<T*>(dx.mutable_data_ptr()),
-                               x.get_device_index());
+      const auto rows = arguments.rows(const_cast<void*>(saved.const_data_ptr()), ignore_index);
+      Device::softmax_backward(
+          rows,
+          Upstream<Compute>{static_cast<const Compute*>(upstream.const_data_ptr()), one_for_all ? 0 : 1},
+          static_cast<T*>(dx.mutable_data_ptr()), x.get_device_index());
       return dx;
     });
   }
@@ -114,43 +150,26 @@ struct FocalLoss {
     static constexpr ScalarType dtype =
         std::is_same_v<Compute, double> ? ScalarType::Double : ScalarType::Float;
     Tensor x, target;
-    Alpha alpha;
 
-    Arguments(const Tensor& given, const Tensor& classes, const Alpha& weights) : x(given), target(classes) {
+    Arguments(const Tensor& given, const Tensor& classes) : x(given), target(classes) {
       check(x.dim() == 3, softmax_name, ": x has ", x.dim(), " dimensions; it takes 3: (N, C, S)");
-      check_tensor("target", target, ScalarType::Long, {x.size(0), x.size(2)});
-      if (weights) {
-        check_tensor("alpha", *weights, dtype, {x.size(1)});
-        alpha = contiguous(*weights);
-      }
+      check_tensor("target", target, {x.size(0), x.size(2)}, ScalarType::Long);
       x = contiguous(x);
       target = contiguous(target);
     }
 
-    SoftmaxRows<T> rows(void* log_sum_exp, double gamma, int64_t ignore_index) const {
-      check_gamma(softmax_name, gamma);
+    SoftmaxRows<T> rows(void* slopes, int64_t ignore_index) const {
       return {static_cast<const T*>(x.const_data_ptr()),
               static_cast<const int64_t*>(target.const_data_ptr()),
-              alpha ? static_cast<const Compute*>(alpha->const_data_ptr()) : nullptr,
-              static_cast<Compute*>(log_sum_exp),
-              Power<Compute>(gamma),
+              static_cast<Compute*>(slopes),
               ignore_index,
               x.size(1),
               x.size(2),
               target.numel()};
     }
 
-    Tensor one_a_row(const char* name, const Tensor& tensor) const {
-      check_tensor(name, tensor, dtype, {x.size(0), x.size(2)});
-      return contiguous(tensor);
-    }
-
-    static Compute* data(Tensor& out) { return static_cast<Compute*>(out.mutable_data_ptr()); }
-    static const Compute* data(const Tensor& in) { return static_cast<const Compute*>(in.const_data_ptr()); }
-
-   private:
-    void check_tensor(const char* name, const Tensor& tensor, ScalarType expected,
-                      std::initializer_list<int64_t> shape) const {
+    void check_tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                      ScalarType expected = dtype) const {
       const auto sizes = tensor.sizes();
       if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()))
         fail(softmax_name, ": ", name, " has shape ", describe(sizes), "; x with ", describe(x.sizes()),

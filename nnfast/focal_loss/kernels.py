@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.triton import exp, log1p_unit, one_minus_exp, power, tl, triton, wide
+from ..core.triton import exp, log1p_unit, power, tl, triton, wide
 from ..core.tuning import RowsConfig, pointwise_config, rows_config, strided_rows_config
 
 
@@ -46,17 +46,18 @@ def softmax_forward_kernel(
     target_ptr,
     alpha_ptr,
     loss_ptr,
-    log_sum_exp_ptr,
+    slopes_ptr,
     gamma: tl.float64,
     rows: tl.int64,
     classes: tl.int64,
+    all_rows: tl.int64,
     ignore_index: tl.int64,
     SPATIAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Loss and log-sum-exp of ROWS rows of x, each read once, BLOCK classes at a time.
+    """Loss and slopes of ROWS rows of x, each read once, BLOCK classes at a time.
 
     The true class stays out of the sum, so that 1 - p_t comes without cancellation.
     """
@@ -88,14 +89,18 @@ def softmax_forward_kernel(
     e_true = exp(true - anchor, True)
     total = rest + e_true
     likely = rest <= e_true
-    log_total = tl.log(total)
-    ce = tl.where(likely, log1p_unit(tl.where(likely, rest / e_true, 0.0)), (top - true) + log_total)
-    q = rest / total
-    loss = power(q, gamma) * ce
+    ce = tl.where(likely, log1p_unit(tl.where(likely, rest / e_true, 0.0)), (top - true) + tl.log(total))
+    q, p = rest / total, e_true / total
+    k = power(q, gamma)
     if alpha_ptr is not None:
-        loss *= tl.load(alpha_ptr + target, mask=inside, other=0.0)
+        k *= tl.load(alpha_ptr + target, mask=inside, other=0.0)
+    loss = k * ce
+    ratio = tl.where(q == 0.0, 1.0, ce / tl.where(q == 0.0, 1.0, q))
+    k *= 1.0 + tl.full(q.shape, gamma, q.dtype) * tl.where(p == 0.0, 0.0, p * ratio)
     tl.store(loss_ptr + number, tl.where(valid, loss, 0.0), mask=inside)
-    tl.store(log_sum_exp_ptr + number, top + log_total, mask=inside)
+    tl.store(slopes_ptr + number, anchor, mask=inside)
+    tl.store(slopes_ptr + all_rows + number, tl.where(valid, k / total, 0.0), mask=inside)
+    tl.store(slopes_ptr + 2 * all_rows + number, tl.where(valid, -k * q, 0.0), mask=inside)
 
 
 @triton.jit
@@ -103,44 +108,34 @@ def softmax_backward_kernel(
     grad_ptr,
     x_ptr,
     target_ptr,
-    alpha_ptr,
-    log_sum_exp_ptr,
+    slopes_ptr,
     out_ptr,
-    gamma: tl.float64,
+    grad_step: tl.int64,
     rows: tl.int64,
     classes: tl.int64,
+    all_rows: tl.int64,
     ignore_index: tl.int64,
     SPATIAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = k * (p_j - delta_jt) for ROWS rows and BLOCK classes."""
+    """out = grad * exp(x_j - shift) * scale for ROWS rows and BLOCK classes, and the target's own slope."""
     pid = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(classes, BLOCK)
     inside, number, first = _rows_of(pid // columns, rows, classes, ROWS, SPATIAL)
     valid, target = _true_class(target_ptr, number, inside, classes, ignore_index)
-    log_sum_exp = tl.load(log_sum_exp_ptr + number, mask=inside, other=0.0)
-    true = wide(tl.load(x_ptr + first + _step(target, rows, SPATIAL), mask=inside, other=0.0))
-
-    below = log_sum_exp - true
-    ce = tl.where(below < 0.0, 0.0, below)  # rounding may leave it below zero
-    q = one_minus_exp(ce)
-    p = exp(-ce, True)
-    ratio = tl.where(q == 0.0, 1.0, ce / tl.where(q == 0.0, 1.0, q))
-    wide_gamma = tl.full(q.shape, gamma, q.dtype)
-    k = power(q, gamma) * (1.0 + wide_gamma * tl.where(p == 0.0, 0.0, p * ratio))
-    if alpha_ptr is not None:
-        k *= tl.load(alpha_ptr + target, mask=inside, other=0.0)
-    k *= tl.load(grad_ptr + number, mask=inside, other=0.0)
+    grad = tl.load(grad_ptr + number * grad_step, mask=inside, other=0.0)
+    shift = tl.load(slopes_ptr + number, mask=inside, other=0.0)
+    scale = grad * tl.load(slopes_ptr + all_rows + number, mask=inside, other=0.0)
+    at_target = grad * tl.load(slopes_ptr + 2 * all_rows + number, mask=inside, other=0.0)
 
     c = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
     offsets = first[:, None] + _step(c, rows, SPATIAL)[None, :]
     mask = inside[:, None] & (c < classes)[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    p_all = exp(wide(x) - log_sum_exp[:, None], x.dtype == tl.float32)
-    slope = tl.where(c[None, :] == target[:, None], -q[:, None], p_all)
-    out = tl.where(valid[:, None], k[:, None] * slope, 0.0)
-    tl.store(out_ptr + offsets, out.to(x.dtype), mask=mask)
+    slope = exp(wide(x) - shift[:, None], x.dtype == tl.float32) * scale[:, None]
+    out = tl.where(c[None, :] == target[:, None], at_target[:, None], slope)
+    tl.store(out_ptr + offsets, tl.where(valid[:, None], out, 0.0).to(x.dtype), mask=mask)
 
 
 @triton.jit
@@ -214,10 +209,11 @@ def _layout(x: Tensor, whole: bool) -> tuple[int, int, bool, RowsConfig]:
 def softmax_forward(
     x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp (N, S) of x: (N, C, S), target: (N, S), alpha: (C,)."""
+    """Loss (N, S) and slopes (3, N, S) of x: (N, C, S), target: (N, S), alpha: (C,)."""
     x, target = x.contiguous(), target.contiguous()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    loss, log_sum_exp = (torch.empty(target.shape, dtype=dtype, device=x.device) for _ in range(2))
+    loss = torch.empty(target.shape, dtype=dtype, device=x.device)
+    slopes = torch.empty((3, *target.shape), dtype=dtype, device=x.device)
     if target.numel():
         batches, rows, spatial, config = _layout(x, whole=True)
         grid = (batches * triton.cdiv(rows, config.rows),)
@@ -227,10 +223,11 @@ def softmax_forward(
                 target,
                 None if alpha is None else alpha.contiguous(),
                 loss,
-                log_sum_exp,
+                slopes,
                 gamma,
                 rows,
                 x.shape[1],
+                target.numel(),
                 ignore_index,
                 SPATIAL=spatial,
                 ROWS=config.rows,
@@ -239,35 +236,28 @@ def softmax_forward(
                 num_warps=config.num_warps,
                 **ASSERT,
             )
-    return loss, log_sum_exp
+    return loss, slopes
 
 
-def softmax_backward(
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    alpha: Tensor | None,
-    log_sum_exp: Tensor,
-    gamma: float,
-    ignore_index: int,
-) -> Tensor:
+def softmax_backward(grad: Tensor, x: Tensor, target: Tensor, slopes: Tensor, ignore_index: int) -> Tensor:
     """Gradient with respect to x, contiguous; grad: (N, S) of any strides."""
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
         batches, rows, spatial, config = _layout(x, whole=False)
         grid = (batches * triton.cdiv(rows, config.rows) * triton.cdiv(x.shape[1], config.block),)
+        same = not any(grad.stride())  # a sum's or a mean's
         with torch.accelerator.device_index(x.device.index):
             softmax_backward_kernel[grid](
-                grad.contiguous(),
+                grad if same else grad.contiguous(),
                 x,
                 target.contiguous(),
-                None if alpha is None else alpha.contiguous(),
-                log_sum_exp,
+                slopes.contiguous(),
                 out,
-                gamma,
+                0 if same else 1,
                 rows,
                 x.shape[1],
+                target.numel(),
                 ignore_index,
                 SPATIAL=spatial,
                 ROWS=config.rows,

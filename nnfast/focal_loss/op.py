@@ -2,8 +2,8 @@
 
 Four opaque operators, and the same again as overload `triton`:
 
-    nnfast::softmax_focal_loss(x, target, alpha, gamma, ignore_index) -> (loss, log_sum_exp)
-    nnfast::softmax_focal_loss_backward(grad, x, target, alpha, log_sum_exp, gamma, ignore_index) -> gradient
+    nnfast::softmax_focal_loss(x, target, alpha, gamma, ignore_index) -> (loss, slopes)
+    nnfast::softmax_focal_loss_backward(grad, x, target, slopes, ignore_index) -> gradient
     nnfast::sigmoid_focal_loss(x, target, alpha, gamma) -> loss
     nnfast::sigmoid_focal_loss_backward(grad, x, target, alpha, gamma) -> gradient
 
@@ -11,8 +11,9 @@ A linear layer with its loss, `LINEAR`, has no operator of its own: it calls the
 a time.
 
 The first two take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
-float64 for float64, else float32. They are not differentiable themselves; `SOFTMAX` and `SIGMOID` are, which
-take what the functions of module.py take.
+float64 for float64, else float32. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
+reference.py makes a row's gradient of, without a sum over the row. None is differentiable itself; `SOFTMAX`
+and `SIGMOID` are, which take what the functions of module.py take.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from . import reference
 REDUCTIONS = ("none", "mean", "sum")
 INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
-_SOFTMAX = "Tensor x, Tensor target, Tensor? alpha"
 _SIGMOID = "Tensor x, Tensor target, float alpha, float gamma"
 
 
@@ -63,12 +63,15 @@ class SoftmaxKernels:
     def __init__(self, library: torch.library.Library, overload: str = "") -> None:
         def fake(x: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
             dtype = _compute_dtype(x)
-            return x.new_empty(target.shape, dtype=dtype), x.new_empty(target.shape, dtype=dtype)
+            return x.new_empty(target.shape, dtype=dtype), x.new_empty((3, *target.shape), dtype=dtype)
 
-        schema = f"softmax_focal_loss({_SOFTMAX}, float gamma, int ignore_index) -> (Tensor, Tensor)"
+        schema = (
+            "softmax_focal_loss(Tensor x, Tensor target, Tensor? alpha, float gamma, int ignore_index) "
+            "-> (Tensor, Tensor)"
+        )
         self.forward = define(library, schema, fake, overload)
         schema = (
-            f"softmax_focal_loss_backward(Tensor grad, {_SOFTMAX}, Tensor log_sum_exp, float gamma, "
+            "softmax_focal_loss_backward(Tensor grad, Tensor x, Tensor target, Tensor slopes, "
             "int ignore_index) -> Tensor"
         )
         self.backward = define(library, schema, lambda grad, x, *_: x.new_empty(x.shape), overload)
@@ -89,7 +92,7 @@ class SoftmaxKernels:
 
 
 class _Softmax(torch.autograd.Function):
-    """Losses of rows. Saves the arguments and the log-sum-exp."""
+    """Losses of rows. Saves the arguments and the slopes."""
 
     @staticmethod
     def forward(
@@ -102,19 +105,19 @@ class _Softmax(torch.autograd.Function):
         kernels: SoftmaxKernels,
     ) -> Tensor:
         loss: Tensor
-        loss, log_sum_exp = kernels.forward(x, target, alpha, gamma, ignore_index)
-        ctx.save_for_backward(x, target, alpha, log_sum_exp)
+        loss, slopes = kernels.forward(x, target, alpha, gamma, ignore_index)
+        ctx.save_for_backward(x, target, alpha, slopes)
         ctx.options, ctx.kernels = (gamma, ignore_index), kernels
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, target, alpha, log_sum_exp = ctx.saved_tensors
+        x, target, alpha, slopes = ctx.saved_tensors
         result: Tensor
         if _needs_formula(grad, x):
             result = reference.softmax_focal_loss_backward(grad, x, target, alpha, *ctx.options)
         else:
-            result = ctx.kernels.backward(grad, x, target, alpha, log_sum_exp, *ctx.options)
+            result = ctx.kernels.backward(grad, x, target, slopes, ctx.options[1])
         return result, None, None, None, None, None
 
 
@@ -168,7 +171,7 @@ class _SoftmaxTransformed(torch.autograd.Function):
             gamma, ignore_index, _ = rest
 
             def formula(x: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-                return reference.softmax_focal_loss(x, target, alpha, gamma, ignore_index)[0]
+                return reference.softmax_focal_loss(x, target, alpha, gamma, ignore_index)
 
             batched: Tensor = torch.vmap(formula, in_dims[:3])(x, target, alpha)
             return batched, 0
@@ -358,7 +361,7 @@ def _reference_losses(
     if label_smoothing or target.is_floating_point():
         return reference.smoothed_focal_loss(x, target, alpha, weight, gamma, ignore_index, label_smoothing)
     scale = weight if alpha is None else alpha if weight is None else alpha * weight
-    return reference.softmax_focal_loss(x, target, scale, gamma, ignore_index)[0]
+    return reference.softmax_focal_loss(x, target, scale, gamma, ignore_index)
 
 
 def _aten_losses(
@@ -517,10 +520,8 @@ def _softmax_in_triton(
     return _in_triton("softmax_forward")(x, target, alpha, gamma, ignore_index)
 
 
-def _softmax_backward(
-    grad: Tensor, x: Tensor, target: Tensor, alpha: Tensor | None, _: Tensor, gamma: float, ignore_index: int
-) -> Tensor:
-    return reference.softmax_focal_loss_backward(grad, x, target, alpha, gamma, ignore_index)
+def _softmax_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return reference.softmax_focal_loss(*args), reference.softmax_focal_loss_slopes(*args)
 
 
 @cache
@@ -546,8 +547,8 @@ SIGMOID = FocalLoss(
     _sigmoid_not_worth,
     torch.empty_like,
 )
-implement("softmax_focal_loss", reference.softmax_focal_loss, _softmax_in_triton)
-implement("softmax_focal_loss_backward", _softmax_backward, _in_triton("softmax_backward"))
+implement("softmax_focal_loss", _softmax_forward, _softmax_in_triton)
+implement("softmax_focal_loss_backward", reference.gradient_from_slopes, _in_triton("softmax_backward"))
 implement("sigmoid_focal_loss", reference.sigmoid_focal_loss, _in_triton("sigmoid_forward"))
 implement(
     "sigmoid_focal_loss_backward", reference.sigmoid_focal_loss_backward, _in_triton("sigmoid_backward")
@@ -692,11 +693,10 @@ def _slopes_by_kernels(
 ) -> tuple[Tensor, Tensor | None]:
     scale = weight if alpha is None else alpha if weight is None else alpha * weight
     x, target = logits.unsqueeze(-1), target.unsqueeze(-1)
-    loss, log_sum_exp = kernels.forward(x, target, scale, gamma, ignore_index)
+    loss, slopes = kernels.forward(x, target, scale, gamma, ignore_index)
     slope = None
     if upstream is not None:
-        grad = upstream.unsqueeze(-1)
-        slope = kernels.backward(grad, x, target, scale, log_sum_exp, gamma, ignore_index).squeeze(-1)
+        slope = kernels.backward(upstream.unsqueeze(-1), x, target, slopes, ignore_index).squeeze(-1)
     return loss.squeeze(-1), slope
 
 

@@ -47,8 +47,8 @@ def _log_odds(x: Tensor, index: Tensor, true: Tensor) -> Tensor:
 
 def softmax_focal_loss(
     x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """x: (N, C, S); target: (N, S) classes; alpha: (C,). Loss and log-sum-exp (N, S) in the compute dtype.
+) -> Tensor:
+    """x: (N, C, S); target: (N, S) classes; alpha: (C,). Losses (N, S) in the compute dtype.
 
     With z as above -log p_t = log(1 + e**z) and log(1 - p_t) = -log(1 + e**-z), which any number of
     derivatives leaves finite.
@@ -56,33 +56,61 @@ def softmax_focal_loss(
     x = wide(x)
     valid, index, true = _true_class(x, target, ignore_index)
     z = _log_odds(x, index, true)
-    loss = -F.logsigmoid(-z)
+    loss: Tensor = -F.logsigmoid(-z)
     if gamma:
         loss = (gamma * F.logsigmoid(z)).exp() * loss
     if alpha is not None:
         loss = loss * alpha[index.squeeze(1)]
-    return loss.where(valid, 0), x.logsumexp(1)
+    return loss.where(valid, 0)
 
 
-def softmax_focal_loss_backward(
-    grad: Tensor, x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
-) -> Tensor:
-    """Gradient with respect to x: k * (p_j - delta_jt), laid out as x.contiguous(); differentiable.
+def _slope(z: Tensor, alpha: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
+    """k and q = 1 - p_t, for dloss/dx_j = k * (p_j - delta_jt).
 
-    k = grad * alpha_t * q**gamma * (1 + gamma * p_t * ce / q), with q = 1 - p_t, ce = -log p_t, and the limit
-    1 of ce / q at q = 0.
+    k = alpha_t * q**gamma * (1 + gamma * p_t * ce / q), with ce = -log p_t, and the limit 1 of ce / q at
+    q = 0. alpha: that of each row.
     """
-    dtype, x = x.dtype, wide(x)
-    valid, index, true = _true_class(x, target, ignore_index)
-    z = _log_odds(x, index, true)
     q, ce = torch.sigmoid(z), -F.logsigmoid(-z)
     k = torch.ones_like(ce)
     if gamma:
         none = q == 0
         ratio = (ce / q.masked_fill(none, 1)).masked_fill(none, 1)
         k = (gamma * F.logsigmoid(z)).exp() * (1 + gamma * torch.sigmoid(-z) * ratio)
-    if alpha is not None:
-        k = k * alpha[index.squeeze(1)]
+    return k if alpha is None else k * alpha, q
+
+
+def softmax_focal_loss_slopes(
+    x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
+) -> Tensor:
+    """(3, N, S): shift, scale and that at the target, of which `gradient_from_slopes` makes gradients."""
+    x = wide(x)
+    valid, index, true = _true_class(x, target, ignore_index)
+    k, q = _slope(_log_odds(x, index, true), None if alpha is None else alpha[index.squeeze(1)], gamma)
+    shift = x.amax(1).clamp(min=torch.finfo(x.dtype).min)  # of -inf alone
+    scale = k / (x - shift.unsqueeze(1)).exp().sum(1)
+    return torch.stack([shift, scale.where(valid, 0), (-k * q).where(valid, 0)])
+
+
+def gradient_from_slopes(
+    grad: Tensor, x: Tensor, target: Tensor, slopes: Tensor, ignore_index: int
+) -> Tensor:
+    """Gradient with respect to x, laid out as x.contiguous(): grad * exp(x_j - shift) * scale, and grad *
+    at_target at the target."""
+    dtype, x = x.dtype, wide(x)
+    valid, _, true = _true_class(x, target, ignore_index)
+    shift, scale, at_target = slopes.unsqueeze(2)
+    slope = ((x - shift).exp() * scale).where(~true, at_target)
+    result: Tensor = (wide(grad).unsqueeze(1) * slope).where(valid.unsqueeze(1), 0).to(dtype)
+    return result.contiguous()
+
+
+def softmax_focal_loss_backward(
+    grad: Tensor, x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
+) -> Tensor:
+    """Gradient with respect to x: k * (p_j - delta_jt), laid out as x.contiguous(); differentiable."""
+    dtype, x = x.dtype, wide(x)
+    valid, index, true = _true_class(x, target, ignore_index)
+    k, q = _slope(_log_odds(x, index, true), None if alpha is None else alpha[index.squeeze(1)], gamma)
     k = (wide(grad) * k).where(valid, 0)
     slope = x.softmax(1).where(~true, -q.unsqueeze(1))
     return (k.unsqueeze(1) * slope).where(valid.unsqueeze(1), 0).to(dtype).contiguous()

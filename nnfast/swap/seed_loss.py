@@ -201,7 +201,7 @@ def _difference(module: nn.Module, alpha: float, gamma: float, reduction: str) -
         with torch.no_grad():
             x = torch.linspace(-3, 4, 20, dtype=torch.float64, device="cpu").reshape(4, 5)
             target = torch.tensor([0, 4, -100, 2], device="cpu")
-            rows, _ = reference.softmax_focal_loss(x.unsqueeze(-1), target.unsqueeze(-1), None, gamma, -100)
+            rows = reference.softmax_focal_loss(x.unsqueeze(-1), target.unsqueeze(-1), None, gamma, -100)
             expected: Tensor = rows.squeeze(-1) * alpha
             expected = expected if reduction == "none" else getattr(expected, reduction)()
             torch.testing.assert_close(

@@ -105,13 +105,14 @@ def softmax_cases(dtype: str, size: int) -> Iterator[Case]:
             for config, classes in configs.items():
                 if direction == "forward":
                     types = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "alpha_ptr": f"*{wide}"}
-                    types |= {"loss_ptr": f"*{wide}", "log_sum_exp_ptr": f"*{wide}"}
+                    types |= {"loss_ptr": f"*{wide}", "gamma": "fp64"}
                 else:
                     types = {"grad_ptr": f"*{wide}", "x_ptr": f"*{dtype}", "target_ptr": "*i64"}
-                    types |= {"alpha_ptr": f"*{wide}", "log_sum_exp_ptr": f"*{wide}", "out_ptr": f"*{dtype}"}
-                types |= {"gamma": "fp64", "rows": "i64", "classes": "i64", "ignore_index": "i64"}
+                    types |= {"out_ptr": f"*{dtype}", "grad_step": "i64"}
+                types |= {"slopes_ptr": f"*{wide}"}
+                types |= dict.fromkeys(("rows", "classes", "all_rows", "ignore_index"), "i64")
                 constants = {"SPATIAL": spatial, "ROWS": config.rows, "BLOCK": config.block}
-                if not alpha:
+                if direction == "forward" and not alpha:
                     del types["alpha_ptr"]
                     constants["alpha_ptr"] = None
                 if direction == "forward":
