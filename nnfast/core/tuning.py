@@ -216,9 +216,9 @@ def linear_chunk(rows: int, classes: int) -> int:
     return max(-(-rows // 16), (1 << 22) // classes, 1)
 
 
-CHANNELS_LAST_PIXELS = 14 * 14
+CHANNELS_LAST_PIXELS = 28 * 28
 """Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
-run inside in channels_last: oneDNN's convolutions of 7x7 images are slower there."""
+run inside in channels_last: with smaller ones weights are large, and to reorder them costs what is gained."""
 
 MULTIHEAD_ELEMENTS = 1 << 17
 """Fewest elements of queries for which multi-head attention without autograd pays on the CPU."""
