@@ -117,7 +117,7 @@ TRITON = Kernels(LIBRARY, "triton")
 
 def _in_triton(function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        from . import kernels  # type: ignore[attr-defined]  # imports triton
+        from . import kernels  # imports triton
 
         return getattr(kernels, function)(*args)
 
