@@ -406,7 +406,7 @@ _BATCH_NORM = (
 def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (N, H, L, D) from x: (L, D), (N, L, D) or (N, H, L, D)."""
     q = x.reshape(x.shape[:1] + (1,) * (4 - x.dim()) + x.shape[1:]) if x.dim() > 2 else x[None, None]
-    return q, q.flip(2) * 0.5, q.roll(1, 2) + 1
+    return q, q.flip(2) * 0.125, q.flip(3) + 1
 
 
 def _seed_attention(x: Tensor) -> Tensor:
