@@ -131,8 +131,8 @@ class AttentionConfig:
 
 
 # (kernel, architecture) -> of half types' plain scores, and of others: for heads up to 64, 128, 256.
-# Largest tiles whose accumulators stay in registers, all terms and dropout at once, and whose stages fit into
-# shared memory: 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942.
+# Large tiles that still stay in registers, as compiled ahead of time, and whose stages fit into shared memory:
+# 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942. Not yet measured.
 _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     ("forward", "sm_80"): (
         ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
@@ -159,7 +159,7 @@ _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], .
         ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ),
     ("grad_q", "sm_100"): (
-        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 1)),
         ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
     ),
     ("grad_q", "gfx942"): (
@@ -172,7 +172,7 @@ _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], .
     ),
     ("grad_kv", "sm_90"): (
         ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-        ((32, 64, 4, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
+        ((32, 64, 4, 1), (16, 64, 8, 1), (16, 32, 8, 1)),
     ),
     ("grad_kv", "sm_100"): (
         ((64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
@@ -185,11 +185,11 @@ _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], .
 }
 
 # The same for kernel grad_bias on every architecture, and for wider types everywhere.
-_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 4, 1))
+_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 4, 1))
 _ATTENTION_WIDE = {
-    "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "grad_q": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
-    "grad_kv": ((32, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    "grad_q": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "grad_kv": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "grad_bias": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
 }
 

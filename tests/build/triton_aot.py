@@ -231,6 +231,8 @@ def attention_case(
     if "DESCRIPTOR" in function.arg_names:
         constants["DESCRIPTOR"] = descriptors
     of = {"mask": "*u8", "padding": "*u8", "bounds": "*i32", "slopes": f"*{wide}", "seed": "*i64"}
+    if dtype == "fp64":
+        of |= dict.fromkeys(("mask", "padding"), "*i64")
     of |= dict.fromkeys(("lse", "level", "delta", "partial"), f"*{wide}")
     optional = {"bounds": "padding", "grad_bias": "bias"}
     types = {}
