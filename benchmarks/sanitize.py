@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import nnfast
 from nnfast.core.op import OPS
+from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, truth
 from tests.ops import DTYPES, TABLE, Case
 
 SLICES = (slice(0, 4096), slice(0, 5003), slice(1, 4098), slice(3, 20), slice(0, 1))
@@ -22,6 +23,14 @@ SHAPES = ((37, 10), (9, 64), (5, 100), (3, 1000), (2, 5003), (1, 40000), (2, 7, 
 """Rows x classes, and rows that lie side by side."""
 IMAGES = ((130, 33), (7, 11, 13), (5, 6, 9, 7), (9, 65, 8), (2, 3, 5003))
 """Images x channels, with pixels behind the channels or none."""
+
+ATTENTION = (
+    SMALL,
+    Shape(1, 4, 2, 130, 190, 64, 64),
+    Shape(1, 2, 2, 65, 1, 5, 24),
+    Shape(1, 1, 1, 1, 300, 256, 256),
+)
+"""Less than a tile, several, odd heads and one key, large heads and one query."""
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> Iterator[Tensor]:
@@ -60,6 +69,30 @@ def check(case: Case, x: Tensor) -> None:
         close(case.ours(x.detach().clone(), inplace=True), truth)
 
 
+def attention(device: str) -> int:
+    """Attention's Triton kernels, forward and backward, through every kind of call; says how many."""
+    for shape in ATTENTION:
+        for name in CALLS:
+            for dtype in DTYPES:
+                q, k, v = heads(shape, dtype, device)
+                options = call(name, shape, dtype, device)
+                wide = {
+                    n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+                    for n, x in options.items()
+                }
+                exact = [x.double() for x in (q, k, v)]
+                expected = truth(*exact, **wide)[0]
+                upper = randn(*expected.shape, seed=9).to(q)
+                with nnfast.backend("triton"):
+                    close(ours(q, k, v, **options), expected)
+                    found = gradients(ours, q, k, v, options, upper)
+                for of_ours, of_truth in zip(
+                    found, gradients(truth, *exact, wide, upper.double()), strict=True
+                ):
+                    close(of_ours, of_truth)
+    return len(ATTENTION) * len(CALLS) * len(DTYPES)
+
+
 def main() -> None:
     """Run them all, check each result, and say how many."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +106,7 @@ def main() -> None:
                     with nnfast.backend(backend):
                         check(case, x)
                     count += 1
+    count += attention(device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{count} runs of our kernels on {device}, all results right")

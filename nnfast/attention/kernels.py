@@ -1,9 +1,10 @@
 """Attention in Triton: online softmax over blocks of keys, and a deterministic backward without atomics.
 
-Milakov and Gimelshein 2018 (arXiv:1805.02867); Dao 2023 (arXiv:2307.08691). Scores of half types carry
-log2(e), so that exp2 serves; others do not, as rounding both a score and lse so would show in their difference. A program of forward, of grad_q and of a whole grad_bias has a block of queries and goes over the
-keys these see; one of grad_k and grad_v has a block of keys and goes over the queries that see these. Blocks
-that all see whole, without a test of places, are apart from those at an edge.
+Milakov and Gimelshein 2018 (arXiv:1805.02867); Dao 2023 (arXiv:2307.08691). A program of forward, of grad_q
+and of a whole grad_bias has a block of queries and goes over the keys these see; one of grad_k and grad_v has
+a block of keys and goes over the queries that see these. Blocks that all see whole, without a test of places,
+are apart from those at an edge. Scores of half types carry log2(e), so that exp2 serves; others do not, since
+rounding both a score and lse so would show in their difference.
 """
 
 from __future__ import annotations
@@ -65,7 +66,18 @@ def _tile(
 
 @triton.jit
 def _store(
-    x_ptr, x, n, h, x_n, x_h, x_row, start, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr,
+    x,
+    n,
+    h,
+    x_n,
+    x_h,
+    x_row,
+    start,
+    length,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Write a tile where it lies inside."""
     row = start + tl.arange(0, BLOCK)[:, None]
@@ -177,8 +189,8 @@ def _scores(
 ):
     """Scores in their unit from products q k^T, -inf where unseen, and the derivative of the soft cap.
 
-    i, j: places of queries and keys, laid beside the tile. scale holds the unit, or 1 / softcap where there is
-    CAP, and cap holds it. RAW: leave the scale out.
+    i, j: places of queries and keys, laid beside the tile. scale holds the unit, or 1 / softcap where there
+    is CAP, and cap the unit then. RAW: leave the scale out.
     """
     slope = s
     if CAP:
@@ -312,9 +324,7 @@ def _forward_blocks(
         if seed_ptr is not None:
             p = tl.where(_kept(seed_ptr, head, row, start, threshold, BLOCK_M, BLOCK_N), p, 0.0)
         v = _tile(v_ptr, n, hk, v_n, v_h, v_m, start, keys, DV, BLOCK_N, BLOCK_DV, EDGE, DESCRIPTOR)
-        acc = tl.dot(
-            p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=acc.dtype
-        )
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, total, top
 
 
@@ -439,7 +449,7 @@ def rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """delta = sum(out * grad) - grad_lse, and lse in its unit, of BLOCK_M queries; 0, inf if one sees none."""
+    """delta = sum(out * grad) - grad_lse, and lse in its unit, of queries; 0 and inf where one sees none."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK_M)
     head = pid // blocks
@@ -518,7 +528,7 @@ def _grad_scores(
     BLOCK_N: tl.constexpr,
     BY_KEY: tl.constexpr,
 ):
-    """Probabilities after dropout, grads of the final scores, and of the products; BY_KEY: (keys, queries)."""
+    """Dropped-out probabilities, gradients of scores and of products; BY_KEY: (keys, queries)."""
     PRECISE: tl.constexpr = q.dtype == tl.float32 or q.dtype == tl.float64
     i = row + tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)
@@ -657,7 +667,9 @@ def grad_q_kernel(
                 pointers = grad_bias_ptr + n * grad_bias_n + h * grad_bias_h + offsets
                 element: tl.constexpr = grad_bias_ptr.dtype.element_ty
                 tl.store(pointers, grad_s.to(element), mask=(i < queries) & (j < keys))
-            grad_q = tl.dot(grad_product.to(k.dtype), k, grad_q, input_precision=PRECISION, out_dtype=grad_q.dtype)
+            grad_q = tl.dot(
+                grad_product.to(k.dtype), k, grad_q, input_precision=PRECISION, out_dtype=grad_q.dtype
+            )
     grad_q = grad_q * _scalar(product_scale, grad_q.dtype)
     _store(grad_q_ptr, grad_q, n, h, grad_q_n, grad_q_h, grad_q_m, row, queries, D, BLOCK_M, BLOCK_D)
 
@@ -770,7 +782,9 @@ def grad_kv_kernel(
                 row = place
                 if EDGE:
                     row = place + tl.where(place >= whole_first, gap, 0)
-                q = _tile(q_ptr, n, h, q_n, q_h, q_m, row, queries, D, BLOCK_M, BLOCK_D, EDGE == 1, DESCRIPTOR)
+                q = _tile(
+                    q_ptr, n, h, q_n, q_h, q_m, row, queries, D, BLOCK_M, BLOCK_D, EDGE == 1, DESCRIPTOR
+                )
                 grad = _tile(
                     grad_ptr, n, h, grad_n, grad_h, grad_m, row, queries, DV, BLOCK_M, BLOCK_DV,
                     EDGE == 1, DESCRIPTOR,
@@ -783,8 +797,12 @@ def grad_kv_kernel(
                     seed_ptr, threshold, enlarge, scale, cap, queries, keys, left, right,
                     CAP, LEFT, RIGHT, EDGE == 1, PRECISION, BLOCK_M, BLOCK_N, True,
                 )  # fmt: skip
-                grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION, out_dtype=grad_v.dtype)
-                grad_k = tl.dot(grad_product.to(q.dtype), q, grad_k, input_precision=PRECISION, out_dtype=grad_k.dtype)
+                grad_v = tl.dot(
+                    dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION, out_dtype=grad_v.dtype
+                )
+                grad_k = tl.dot(
+                    grad_product.to(q.dtype), q, grad_k, input_precision=PRECISION, out_dtype=grad_k.dtype
+                )
     grad_k = grad_k * _scalar(product_scale, accumulator)
     if padding_ptr is not None:
         j = start + tl.arange(0, BLOCK_N)
@@ -917,15 +935,26 @@ def _innermost(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < FAR else x.contiguous()
 
 
+def _bytes(x: Tensor, q: Tensor) -> Tensor:
+    """A bool as bytes, or for float64 as int64: Triton's matrix product there fails beside narrower loads."""
+    if q.dtype != torch.float64:
+        return x.view(torch.uint8)
+    shape = x.shape
+    for dim, stride in enumerate(x.stride()):
+        x = x if stride or not shape[dim] else x.narrow(dim, 0, 1)
+    return x.long().expand(shape)
+
+
 def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()[:dims]
 
 
-def _bounds(key_padding: Tensor) -> Tensor:
-    """First key of each image that is not padding, and the one past the last: (N, 2), 0, 0 if there is none."""
-    place = torch.arange(1, key_padding.shape[1] + 1, device=key_padding.device, dtype=torch.int32)
-    end = torch.where(key_padding, 0, place).amax(1)
-    first = torch.where(key_padding, place[-1], place - 1).amin(1)
+def _bounds(padding: Tensor) -> Tensor:
+    """First key of each image that is not padding, and the one past the last: (N, 2); 0, 0 without one."""
+    keys = padding.shape[1]
+    place = torch.arange(keys, device=padding.device, dtype=torch.int32)
+    end = torch.where(padding != 0, 0, place + 1).amax(1)
+    first = torch.where(padding != 0, keys, place).amin(1)
     return torch.stack([torch.minimum(first, end), end], 1)
 
 
@@ -952,9 +981,10 @@ class _Call:
         self.q, self.k, self.v = q, k, v = _innermost(q), _innermost(k), _innermost(v)
         self.n, self.heads, self.queries, d = q.shape
         self.keys, dv = v.shape[2:]
-        mask = None if mask is None else mask.view(torch.uint8)
-        padding = None if key_padding is None else key_padding.view(torch.uint8)
-        bounds = None if key_padding is None else _bounds(key_padding)
+        mask = None if mask is None else _bytes(mask, q)
+        padding = None if key_padding is None or not self.keys else _bytes(key_padding, q)
+        bounds = None if padding is None else _bounds(padding)
+        bias = bias.double() if bias is not None and q.dtype == torch.float64 else bias
         bias = None if bias is None else bias.expand(self.n, self.heads, self.queries, self.keys)
         unit = LOG2_E if q.element_size() == 2 else 1.0
         right = 0 if is_causal else right
@@ -1078,7 +1108,9 @@ def backward(
     bias: Tensor | None = tensors[2]
     grad_out = _innermost(grad_out)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    to = [x if _innermost(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads]
+    to = [
+        x if _innermost(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads
+    ]
     delta, level = torch.empty_like(lse), torch.empty_like(lse)
     rows = (grad_out, *grad_out.stride()[:3], delta, level)
     product_scale = options[1]
@@ -1113,8 +1145,7 @@ def _broadcast_bias(call: _Call, bias: Tensor, grad_bias: Tensor, rows: tuple[An
     n, h, m, k = bias.shape
     blocks_m, blocks_k = triton.cdiv(call.queries, config.block_m), triton.cdiv(call.keys, config.block_n)
     shared = [
-        whole if of == 1 else 1
-        for of, whole in ((n, call.n), (h, call.heads), (m, blocks_m), (k, blocks_k))
+        whole if of == 1 else 1 for of, whole in ((n, call.n), (h, call.heads), (m, blocks_m), (k, blocks_k))
     ]
     tiles = n * h * (1 if m == 1 else blocks_m) * (1 if k == 1 else blocks_k)
     everything = math.prod(shared)

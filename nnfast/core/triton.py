@@ -14,8 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
     "INTERPRETED",
-    "TensorDescriptor",
     "VERSION",
+    "TensorDescriptor",
     "architecture",
     "exp",
     "exp_accurate",

@@ -1,4 +1,4 @@
-"""Attention's Triton kernels against the truth in float64: every kind of call, in tiles far smaller than it."""
+"""Attention's Triton kernels against the truth in float64: every kind of call, in tiles far smaller."""
 
 from __future__ import annotations
 
@@ -63,10 +63,14 @@ def check(shape: Shape, name: str, dtype: torch.dtype, device: str) -> None:
     theirs = gradients(torchs, q, k, v, options, upper)
     floor = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
     assert len(mine) == len(true) == 3 + ("bias" in options)
+    rounded = torch.finfo(lse.dtype).eps / 2 * float(true_lse.where(true_lse.isfinite(), 0).abs().max())
+    eps, largest = torch.finfo(dtype).eps, max(float(x.abs().max()) for x in true)
     for which, of_ours, of_torch, of_truth in zip("qkvb", mine, theirs, true, strict=False):
         assert of_ours.dtype == dtype
-        rounded = torch.finfo(lse.dtype).eps / 2 * float(true_lse[true_lse.isfinite()].abs().max())
-        assert error(of_ours, of_truth) <= 2 * error(of_torch, of_truth) + floor + rounded, which
+        if float(of_truth.abs().max()) < eps / 16 * largest:  # zero, as of a query that sees a single key
+            assert float(of_ours.abs().max()) <= 4 * eps * largest, which
+        else:
+            assert error(of_ours, of_truth) <= 2 * error(of_torch, of_truth) + floor + rounded, which
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -90,7 +94,7 @@ def test_dtypes(dtype, name, device, in_triton):
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("name", ["plain", "window causal", "padding mask", "all"])
 def test_descriptors(name, arch, device, in_triton, monkeypatch):
-    """The copy engine's loads are used where they can be, and give what pointers give, for 24 of 32 columns."""
+    """The copy engine loads where it can, 24 columns of a tile's 32 too, and gives what pointers give."""
     in_triton(SQUARE, arch)
     made = []
     make = kernels.TensorDescriptor
@@ -105,7 +109,9 @@ def test_descriptors_need_16_byte_strides(device, in_triton):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 4, 65, 33), (2, 1, 65, 33), (2, 4, 1, 33), (2, 4, 65, 1), (1, 4, 65, 1), (1, 1, 1, 1)], ids=str
+    "shape",
+    [(1, 4, 65, 33), (2, 1, 65, 33), (2, 4, 1, 33), (2, 4, 65, 1), (1, 4, 65, 1), (1, 1, 1, 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("programs", [1, 3, 1024])
 def test_gradient_of_a_broadcast_bias(shape, programs, device, in_triton, monkeypatch):
@@ -173,9 +179,7 @@ def test_runs_repeat_bit_by_bit(name, device, in_triton):
     q, k, v = heads(GROUPED, torch.float32, device)
     options = call(name, GROUPED, torch.float32, device)
     upper = randn(2, 4, 65, 16, seed=9).to(q)
-    first, again = (
-        [ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)] for _ in range(2)
-    )
+    first, again = ([ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)] for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
@@ -211,7 +215,8 @@ def test_empty(device, in_triton):
     for shape in (Shape(0, 2, 2, 4, 4, 8, 8), Shape(1, 2, 2, 0, 4, 8, 8), Shape(1, 2, 2, 4, 0, 8, 8)):
         q, k, v = heads(shape, torch.float32, device)
         bias = torch.zeros(1, 2, 1, shape.keys, device=device)
-        out, lse = ours(q, k, v, bias=bias, return_lse=True)
+        padding = torch.zeros(shape.n, shape.keys, dtype=torch.bool, device=device)
+        out, lse = ours(q, k, v, bias=bias, key_padding_mask=padding, return_lse=True)
         assert out.shape == (shape.n, 2, shape.queries, 8)
         assert out.eq(0).all()
         assert lse.eq(-torch.inf).all()
