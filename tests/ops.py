@@ -16,6 +16,8 @@ import nnfast
 from nnfast.activation import reference
 from nnfast.activation.reference import ACTIVATIONS
 from nnfast.activation.reference import act as activated
+from nnfast.attention import reference as attention_reference
+from nnfast.attention.reference import Terms
 from nnfast.conv_bn_act import op as batch_norm
 from nnfast.conv_bn_act import reference as batch_norm_reference
 from nnfast.convolution import reference as convolution_reference
@@ -516,6 +518,50 @@ _CONVOLUTION = (
     _convolution("3x3-relu", "relu", 1, 3, False, ""),
     _convolution("3x3-stride-prologue", "leaky_relu", 2, 3, False, "relu"),
     _convolution("1x1-residual-silu-prologue", "silu", 1, 1, True, "mish"),
+
+
+def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (N, H, L, D) from x: (L, D), (N, L, D) or (N, H, L, D)."""
+    q = x.reshape(x.shape[:1] + (1,) * (4 - x.dim()) + x.shape[1:]) if x.dim() > 2 else x[None, None]
+    return q, q.flip(2) * 0.125, q.flip(3) + 1
+
+
+def _seed_attention(x: Tensor) -> Tensor:
+    q, k, v = qkv(x)
+    scores = q @ k.mT / q.shape[3] ** 0.5
+    future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+    return (torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ v).reshape(x.shape)
+
+
+def _attention_operands(x: Tensor) -> tuple[Any, ...]:
+    q, k, v = qkv(x)
+    bias = torch.randn(q.shape[1], q.shape[2], k.shape[2], device=x.device)[None]
+    return q, k, v, *Terms(bias=bias, is_causal=True, scale=0.25)
+
+
+def _attention_backward_operands(x: Tensor) -> tuple[Any, ...]:
+    q, k, v, *terms = _attention_operands(x)
+    out, lse = attention_reference.attention(q, k, v, Terms(*terms))
+    return torch.randn_like(out), torch.randn_like(lse), q, k, v, *terms[:5], out, lse, *terms[5:], True
+
+
+_ATTENTION = Case(
+    name="attention",
+    ours=lambda x: nnfast.functional.attention(*qkv(x), is_causal=True).reshape(x.shape),
+    torchs=lambda x: F.scaled_dot_product_attention(*qkv(x), is_causal=True).reshape(x.shape),
+    module=torch.nn.MultiheadAttention,
+    torch_module=torch.nn.MultiheadAttention,
+    seed=_seed_attention,
+    truth=_seed_attention,
+    operators={"attention": _attention_operands, "attention_backward": _attention_backward_operands},
+    samples=(
+        Sample("body", lambda: torch.randn(3, 65, 24)),
+        Sample("heads", lambda: torch.randn(2, 3, 33, 16)),
+        Sample("large scores", lambda: torch.randn(4, 40, 8) * 4),
+    ),
+    example=Sample("small", lambda: torch.randn(4, 3)),
+    family="attention",
+    shaped=lambda x: x[: len(x) // 8192 * 8192].view(-1, 128, 64),
 )
 
 TABLE = (
@@ -524,4 +570,5 @@ TABLE = (
     *_FOCAL,
     *_BATCH_NORM,
     *_CONVOLUTION,
+    _ATTENTION,
 )

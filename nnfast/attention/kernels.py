@@ -935,6 +935,16 @@ def _innermost(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < FAR else x.contiguous()
 
 
+def _bytes(x: Tensor, q: Tensor) -> Tensor:
+    """A bool as bytes, or for float64 as int64: Triton's matrix product there fails beside narrower loads."""
+    if q.dtype != torch.float64:
+        return x.view(torch.uint8)
+    shape = x.shape
+    for dim, stride in enumerate(x.stride()):
+        x = x if stride or not shape[dim] else x.narrow(dim, 0, 1)
+    return x.long().expand(shape)
+
+
 def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()[:dims]
 
@@ -971,9 +981,10 @@ class _Call:
         self.q, self.k, self.v = q, k, v = _innermost(q), _innermost(k), _innermost(v)
         self.n, self.heads, self.queries, d = q.shape
         self.keys, dv = v.shape[2:]
-        mask = None if mask is None else mask.view(torch.uint8)
-        padding = None if key_padding is None or not self.keys else key_padding.view(torch.uint8)
+        mask = None if mask is None else _bytes(mask, q)
+        padding = None if key_padding is None or not self.keys else _bytes(key_padding, q)
         bounds = None if padding is None else _bounds(padding)
+        bias = bias.double() if bias is not None and q.dtype == torch.float64 else bias
         bias = None if bias is None else bias.expand(self.n, self.heads, self.queries, self.keys)
         unit = LOG2_E if q.element_size() == 2 else 1.0
         right = 0 if is_causal else right

@@ -389,7 +389,7 @@ def test_every_backend_drops_the_same(small_blocks):
             continue
     for kept in results.values():
         assert torch.equal(kept, results["reference"])
-    assert 0.3 < results["reference"].double().mean() < 0.6
+    assert 0.5 < results["reference"].double().mean() < 0.7
 
 
 def test_gradient_is_under_the_same_dropout(backend, small_blocks):
@@ -605,9 +605,12 @@ def test_opinfo(backend):
         expected = F.scaled_dot_product_attention(q, k, v, **options)
         mask = options.pop("attn_mask", None)
         grouped = options.pop("enable_gqa", False)
-        if q.dim() == 3:  # (N, L, D): one head
-            q, k, v, expected = (x.unsqueeze(1) for x in (q, k, v, expected))
-        assert grouped or q.shape[1] == k.shape[1]
+        wide = [
+            x if x.dim() == 4 else x.unsqueeze(0) for x in inputs
+        ]  # torch broadcasts the first dimensions
+        n, most = (max(x.shape[dim] for x in wide) for dim in (0, 1))
+        q, k, v = (x.expand(n, x.shape[1] if grouped else most, -1, -1) for x in wide)
+        expected = expected.reshape(*q.shape[:3], v.shape[3])
         given = {} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask}
         result = ours(q, k, v, **given, **options)
         true, _ = truth(q, k, v, **given, **options)

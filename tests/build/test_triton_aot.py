@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("triton_aot.py")
-REGISTERS = {"fp64": 96, "batch_norm": 168, "attention": 256}
+REGISTERS = {"fp64": 96, "batch_norm": 168, "attention": 512}
 """Most registers of a thread; 64 (half occupancy at least) where none is said; batch norm is untuned.
 
-Attention keeps its accumulators in them, and one or two of its programs on a multiprocessor.
+Attention keeps its accumulators in them, a program or two to a multiprocessor; on AMD 512 are a thread's.
 """
 
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
@@ -63,23 +63,30 @@ def of_attention(reports: list[dict], *words: str) -> list[dict]:
 
 
 def test_attention_is_compiled_for_every_target_kernel_and_kind_of_call(reports):
-    for target in SHARED:
-        for kernel in ("forward", "grad_q", "grad_kv", "grad_bias"):
-            found = [r["case"].split() for r in of_attention(reports, kernel) if r["target"] == target]
-            for dtype in ("bf16", "fp32", "fp64"):
-                assert {case[3] for case in found if case[-1] == dtype} == {"64", "128", "256"}
-                kinds = {"terms", *["plain"] * (kernel != "grad_bias" and dtype == "bf16")}
-                assert {case[2] for case in found if case[-1] == dtype} == kinds
+    for kernel in ("forward", "grad_q", "grad_kv", "grad_bias"):
+        for target in SHARED:
+            found = [
+                r["case"].split() for r in of_attention(reports, kernel, "bf16") if r["target"] == target
+            ]
+            assert "terms" in {case[2] for case in found}
+            heads = {case[3] for case in found if case[2] == "plain"}
+            assert heads == (set() if kernel == "grad_bias" else {"64", "128", "256"})
+        for dtype in ("fp32", "fp64"):
+            assert {r["case"].split()[3] for r in of_attention(reports, kernel, dtype)} == {"64", "256"}
 
 
 def test_attention_multiplies_on_tensor_cores(reports):
-    """Half types and tf32, with each architecture's own instruction; float64 where it has one."""
-    own = {"sm_80": " mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    """Half types, in large tiles by each architecture's own instruction, and tf32; true float32 does not."""
+    own = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
     for report in of_attention(reports):
         dtype, target = report["case"].split()[-1], report["target"]
-        if target in own and dtype in ("fp16", "bf16"):
+        _, kernel, kind, head, *_ = report["case"].split()
+        large = kernel == "forward" or (
+            kind == "plain" and head != "256"
+        )  # else tiles may be too small for it
+        if target in own and dtype == "bf16" and large:
             assert report["tensor_cores"] == [own[target]], report
-        if target in own and dtype in ("tf32", "fp64"):
+        if target in own and dtype in ("bf16", "tf32"):
             assert report["tensor_cores"], report
         if target in own and dtype == "fp32":
             assert not report["tensor_cores"], report
@@ -116,7 +123,7 @@ def test_offsets_have_64_bits(reports):
 
 
 def test_accesses_are_16_bytes_wide(reports):
-    """Save float64 and batch norms on AMD, whose 64 lanes take 8 bytes each, still whole lines.
+    """Save float64, batch norms and attention on AMD, whose 64 lanes take 8 bytes each, still whole lines.
 
     Reductions store little.
     """
@@ -129,4 +136,6 @@ def test_accesses_are_16_bytes_wide(reports):
     narrow = [r for r in reports if not r["wide"] and not r["case"].startswith(elsewhere)]
     on_amd = [r for r in narrow if r["target"] == "gfx942"]
     assert [r for r in narrow if r not in on_amd] == []
-    assert [r for r in on_amd if not r["case"].endswith("fp64") and "batch_norm" not in r["case"]] == []
+    exempt = ("batch_norm", "attention")
+    others = [r for r in on_amd if not r["case"].endswith("fp64") and not r["case"].startswith(exempt)]
+    assert others == []

@@ -183,34 +183,40 @@ def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
 
 ATTENTION_KERNELS = ("forward", "grad_q", "grad_kv", "grad_bias")
 PLAIN = ("padding", "left", "right")
-"""What a call without terms in its scores may have."""
-TERMS = ("mask", "bias", "slopes", "cap", "seed")
-HEADS = {
-    "fp16": (64,),
-    "bf16": (64, 128, 256),
-    "fp32": (64, 128, 256),
-    "tf32": (256,),
-    "fp64": (64, 128, 256),
-}
-"""Head sizes compiled; what is not among them is launched as the next."""
+"""What a call with plain scores may have."""
+TERMS = (
+    ("right", "padding", "mask", "bias"),
+    ("right", "slopes", "cap"),
+    ("right", "padding", "seed"),
+)
+"""Calls with others. What has all of them at once may spill a little."""
+OPTIONAL = {"cap", *PLAIN, *itertools.chain(*TERMS)}
+ALL_TERMS = os.environ.get("NNFAST_AOT_ALL") == "1"
+"""Every configuration with each of TERMS, not with one of them in turn."""
+
+
+HEADS = {"bf16": (64, 128, 256), "fp32": (64, 256), "tf32": (256,), "fp64": (64, 256)}
+"""Head sizes compiled; what is not among them is launched as the next, and float16 as bfloat16."""
 
 
 def attention_builds() -> Iterator[tuple[Case, str]]:
-    """Attention on each target: each configuration, of plain scores, and with all that it may meet at once.
+    """Attention: each configuration for plain scores, and for each kernel and target one with terms.
 
-    Wide types have one configuration for both; float16 is launched as bfloat16 is.
+    Wide types have one configuration for all targets, and go to these in turn.
     """
-    for target, dtype in itertools.product(TARGETS, HEADS):
-        if dtype == "tf32" and target == "gfx942":  # has none
-            continue
-        for kernel, head in itertools.product(ATTENTION_KERNELS, HEADS[dtype]):
-            descriptors = target in ("sm_90", "sm_100") and dtype in ("fp16", "bf16")
-            if kernel != "grad_bias" and dtype in ("fp16", "bf16"):
-                plain = ("left", "right")
-                yield attention_case(kernel, target, dtype, head, plain, descriptors), target
-            if dtype != "fp16":
-                features = (*PLAIN, *TERMS)
-                yield attention_case(kernel, target, dtype, head, features, descriptors), target
+    turn, terms = itertools.cycle(TARGETS), itertools.cycle(TERMS)
+    for dtype, kernel in itertools.product(HEADS, ATTENTION_KERNELS):
+        for place, head in enumerate(HEADS[dtype]):
+            for number, target in enumerate(TARGETS if dtype == "bf16" else [next(turn)]):
+                if dtype == "tf32" and target == "gfx942":
+                    continue
+                descriptors = dtype == "bf16" and target in ("sm_90", "sm_100")
+                one = dtype != "bf16" or number % 3 == place
+                variants = TERMS if ALL_TERMS else [next(terms)] if one else []
+                if dtype == "bf16" and kernel != "grad_bias":
+                    variants = [("left", "right"), *variants]
+                for features in variants:
+                    yield attention_case(kernel, target, dtype, head, features, descriptors), target
 
 
 def attention_case(
@@ -231,6 +237,8 @@ def attention_case(
     if "DESCRIPTOR" in function.arg_names:
         constants["DESCRIPTOR"] = descriptors
     of = {"mask": "*u8", "padding": "*u8", "bounds": "*i32", "slopes": f"*{wide}", "seed": "*i64"}
+    if dtype == "fp64":
+        of |= dict.fromkeys(("mask", "padding"), "*i64")
     of |= dict.fromkeys(("lse", "level", "delta", "partial"), f"*{wide}")
     optional = {"bounds": "padding", "grad_bias": "bias"}
     types = {}
@@ -240,7 +248,7 @@ def attention_case(
             continue
         if name.endswith("_ptr"):
             feature = optional.get(argument, argument)
-            if feature in (*PLAIN, *TERMS) and feature not in features:
+            if feature in OPTIONAL and feature not in features:
                 constants[name] = None
             else:
                 types[name] = of.get(argument, f"*{element}")
@@ -262,7 +270,8 @@ def attention_case(
         )
         types |= {f"{x}_ptr": f"tensordesc<{element}[1,1,{rows},{block_d}]>" for x in looped}
     kind = "plain" if plain else "terms"
-    name = f"attention {kernel} {kind} {head} {config.block_m}x{config.block_n} {dtype}"
+    having = "+".join(features)
+    name = f"attention {kernel} {kind} {head} {config.block_m}x{config.block_n} {having} {dtype}"
     return name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
 
 
@@ -374,7 +383,7 @@ def _machine_code(compiled: Any) -> dict[str, Any]:
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spills": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
         "shared": compiled.metadata.shared,
-        "tensor_cores": [name for name in ("wgmma.mma_async", "tcgen05.mma", " mma.sync") if name in ptx],
+        "tensor_cores": [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx],
         "copy_engine": "cp.async.bulk.tensor" in ptx,
         "wide": bool(
             re.search(r"ld\.global\.v[24]\.b(32|64)", ptx) and re.search(r"st\.global\.v[24]\.b(32|64)", ptx)
@@ -389,7 +398,7 @@ def builds() -> list[tuple[Case, str]]:
     Some have a case for every block size: the first and the last go to all targets, those between, which
     have as much to do for a thread, to AMD's and to one of NVIDIA's in turn.
     """
-    found = []
+    found: list[tuple[Case, str]] = []
     for _, group in itertools.groupby(cases(), lambda case: re.sub(r"\d+(x\d+)+", "", case[0])):
         sizes = list(group)
         for i, case in enumerate(sizes):
