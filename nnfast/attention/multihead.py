@@ -21,10 +21,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention: constructor, parameters, state_dict and results are its own.
 
     Calls with need_weights=False are served by nnfast's attention: memory is linear in the lengths, and no
-    mask is made of heads x Lq x Lk. What asks for the weights, nested tensors, small inputs and dropout on the CPU,
-    and what torch refuses, is torch's: `nnfast.explain(module, query, key, value, ...)` says why. Two things
-    differ: a query that sees no key gives out_proj's bias everywhere, where torch may give NaN; and dropout
-    drops other elements.
+    mask is made of heads x Lq x Lk. What asks for the weights, nested tensors, small inputs and dropout on
+    the CPU, and what torch refuses, is torch's: `nnfast.explain(module, query, key, value, ...)` says why.
+    Two things differ: a query that sees no key gives out_proj's bias everywhere, where torch may give NaN;
+    and dropout drops other elements.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
     """

@@ -126,4 +126,4 @@ MULTIHEAD_FASTPATH_LENGTH = 192
 """Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU."""
 
 MULTIHEAD_DROPOUT_WEIGHTS = 1 << 28
-"""Most attention weights for which multi-head attention with dropout is torch's on the CPU: 1 GiB, and faster."""
+"""Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU."""
