@@ -123,7 +123,7 @@ def run(model, call, training):
         y = call(model)
     if not training:
         return [y]
-    y.square().sum().backward()
+    y.backward(torch.linspace(-1, 2, y.numel()).view(y.shape))
     return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
