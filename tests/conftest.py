@@ -28,6 +28,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 def pytest_configure() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and not triton_why_not("cpu"):
         _round_in_interpreter()
+        _multiply_in_interpreter()
         _patch_language_once()
 
 
@@ -45,6 +46,26 @@ def _round_in_interpreter() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounded
+
+
+def _multiply_in_interpreter() -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 matrices as integers: widen them."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        values = (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, tl.float32)
+
+    def multiplied(self, a, b, *args):
+        return multiply(self, widened(a), widened(b), *args)
+
+    interpreter.InterpreterBuilder.create_dot = multiplied
 
 
 def _patch_language_once() -> None:

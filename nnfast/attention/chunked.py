@@ -1,6 +1,7 @@
 """Attention from torch's own operations, a block of query rows at a time, so that memory is linear in length.
 
-Keys that no query of a block sees, by causality or window, are left out.
+Keys that no query of a block sees, by causality or window, are left out. On the CPU torch's flash attention
+does a block, given what is added to its scores, unless the formula is needed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -59,16 +61,63 @@ def _part(x: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
     return x if x.shape[3] == 1 else x[..., columns]
 
 
+def _by_flash(q: Tensor, k: Tensor, terms: Terms) -> bool:
+    """Whether torch's flash attention on the CPU does a block."""
+    return q.is_cpu and not terms.softcap and not terms.dropout_p and k.shape[2] > 0
+
+
+def _one_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """Tensors padded to the largest of their head dims, and contiguous along it, as flash attention needs."""
+    largest = max(x.shape[3] for x in tensors)
+    padded = (x if x.shape[3] == largest else F.pad(x, (0, largest - x.shape[3])) for x in tensors)
+    return [x if x.stride(3) == 1 else x.contiguous() for x in padded]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, terms: Terms, place: Place) -> tuple[Tensor, Tensor]:
+    bias = reference.added(q, k, terms, place)
+    out, lse = _flash_on_cpu(q, k, v, 0.0, False, attn_mask=bias, scale=terms.scale)
+    if bias is not None:  # where no key is seen, lse is 0
+        lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
+    return out, lse
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    terms: Terms,
+    place: Place,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    bias = reference.added(q, k, terms, place)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    saved = (q, k, v, out, lse)
+    grads = _flash_on_cpu_backward(grad_out, *saved, 0.0, False, attn_mask=bias, scale=terms.scale)
+    return *grads, None
+
+
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     """Out, in memory (N, Lq, H, Dv), and log-sum-exp; rest: `Terms`."""
     terms = Terms(*rest)  # type: ignore[arg-type]
     n, h, queries, _ = q.shape
-    out = q.new_empty(n, queries, h, v.shape[3]).transpose(1, 2)
+    values = v.shape[3]
+    out = q.new_empty(n, queries, h, values).transpose(1, 2)
     lse = wide(q.new_empty(0)).new_empty(n, h, queries)
+    by_flash = _by_flash(q, k, terms)
+    if by_flash:
+        q, k, v = _one_head_dim(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         for rows, columns, some, place in _blocks(q, k, terms):
-            block = reference.attention(q[:, :, rows], k[:, :, columns], v[:, :, columns], some, place)
-            out[:, :, rows], lse[:, :, rows] = block
+            block = q[:, :, rows], k[:, :, columns], v[:, :, columns], some, place
+            attend = _flash if by_flash and block[1].shape[2] else reference.attention
+            some_out, lse[:, :, rows] = attend(*block)
+            out[:, :, rows] = some_out[..., :values]
     return out, lse
 
 
@@ -76,27 +125,40 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, if that is asked for, bias; rest: the operator's arguments from mask on."""
-    *tensors, _out, _lse = rest[:7]
+    *tensors, out, lse = rest[:7]
     *options, bias_grad = rest[7:]
     terms = Terms(*tensors, *options)  # type: ignore[arg-type]
+    bias = terms.bias if bias_grad else None
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(wide(x)) for x in (k, v))  # sums over blocks
-    bias = terms.bias if bias_grad else None
     grad_bias = torch.zeros_like(wide(q.new_empty(0) if bias is None else bias))
+    by_flash = _by_flash(q, k, terms) and bias is None and grad_lse is None
+    head, values = q.shape[3], v.shape[3]
+    if by_flash:
+        q, k, v, grad_out, out = _one_head_dim(q, k, v, grad_out, out)  # type: ignore[arg-type]
     with torch.autocast(q.device.type, enabled=False):
         for rows, columns, some, place in _blocks(q, k, terms):
-            some = some if some.bias is None else some._replace(bias=wide(some.bias))
-            grad_q[:, :, rows], some_k, some_v, some_bias = reference.attention_backward(
-                grad_out[:, :, rows],
-                None if grad_lse is None else grad_lse[:, :, rows],
-                q[:, :, rows],
-                wide(k[:, :, columns]),
-                wide(v[:, :, columns]),
-                some,
-                place,
-            )
-            grad_k[:, :, columns] += some_k
-            grad_v[:, :, columns] += some_v
+            of_rows, of_keys, of_values = q[:, :, rows], k[:, :, columns], v[:, :, columns]
+            some_bias: Tensor | None
+            if by_flash and of_keys.shape[2]:
+                saved = out[:, :, rows], lse[:, :, rows]  # type: ignore[index]
+                some_q, some_k, some_v, some_bias = _flash_backward(
+                    grad_out[:, :, rows], of_rows, of_keys, of_values, *saved, some, place
+                )
+            else:
+                some = some if some.bias is None else some._replace(bias=wide(some.bias))
+                some_q, some_k, some_v, some_bias = reference.attention_backward(
+                    grad_out[:, :, rows],
+                    None if grad_lse is None else grad_lse[:, :, rows],
+                    of_rows,
+                    wide(of_keys),
+                    wide(of_values),
+                    some,
+                    place,
+                )
+            grad_q[:, :, rows] = some_q[..., :head]
+            grad_k[:, :, columns] += some_k[..., :head]
+            grad_v[:, :, columns] += some_v[..., :values]
             of_block = None if bias is None else _part(grad_bias, rows, columns)
             if of_block is not None and some_bias is not None:
                 of_block += some_bias

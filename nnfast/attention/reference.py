@@ -85,10 +85,10 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor,
     d = torch.zeros_like(c)
     for _ in range(_ROUNDS):
         first, second = _MULTIPLIERS[0] * a, _MULTIPLIERS[1] * c  # products wrap, which keeps their 64 bits
-        a, c = (second >> 32 & _WORD) ^ b ^ low, (first >> 32 & _WORD) ^ d ^ high
-        b, d = second & _WORD, first & _WORD
+        a, c = (second >> 32 ^ b ^ low) & _WORD, (first >> 32 ^ d ^ high) & _WORD
+        b, d = second, first  # of these the lower half counts
         low, high = low + _KEY_STEPS[0] & _WORD, high + _KEY_STEPS[1] & _WORD
-    return a, b, c, d
+    return a, b & _WORD, c, d & _WORD
 
 
 def kept(seed: Tensor, dropout_p: float, shape: torch.Size, place: Place = WHOLE) -> Tensor:
@@ -123,6 +123,23 @@ def unseen(q: Tensor, k: Tensor, terms: Terms, place: Place = WHOLE) -> Tensor |
     for part in parts:
         result = part if result is None else result | part
     return result
+
+
+def added(q: Tensor, k: Tensor, terms: Terms, place: Place = WHOLE) -> Tensor | None:
+    """What is added to the scores, -inf where a key is unseen: broadcastable to (N, H, Lq, Lk), or None."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    result = None if terms.bias is None else terms.bias.to(dtype)
+    if terms.alibi_slopes is not None:
+        keys_more = k.shape[2] - q.shape[2] if place.keys_more is None else place.keys_more
+        away = (_behind(q, k, place) + keys_more).abs()
+        of_place = terms.alibi_slopes.to(dtype)[:, :, None, None] * -away
+        result = of_place if result is None else result + of_place
+    hidden = unseen(q, k, terms, place)
+    if hidden is None:
+        return result
+    if result is None:
+        result = torch.zeros(hidden.shape, dtype=dtype, device=q.device)
+    return result.masked_fill(hidden, -torch.inf)
 
 
 def _behind(q: Tensor, k: Tensor, place: Place) -> Tensor:
@@ -161,15 +178,9 @@ def _softmax(q: Tensor, k: Tensor, terms: Terms, place: Place) -> _Softmax:
     if terms.softcap:
         t = torch.tanh(s / terms.softcap)
         s, slope = terms.softcap * t, 1 - t * t
-    if terms.alibi_slopes is not None:
-        keys_more = k.shape[2] - q.shape[2] if place.keys_more is None else place.keys_more
-        away = (_behind(q, k, place) + keys_more).abs()
-        s = s - terms.alibi_slopes.to(s.dtype)[:, :, None, None] * away
-    if terms.bias is not None:
-        s = s + terms.bias.to(s.dtype)
-    hidden = unseen(q, k, terms, place)
-    if hidden is not None:
-        s = s.masked_fill(hidden, -torch.inf)
+    more = added(q, k, terms, place)
+    if more is not None:
+        s = s + more
     blind = (s == -torch.inf).all(-1, keepdim=True)  # softmax and its gradient would be NaN there
     s = s.masked_fill(blind, 0.0)
     p = torch.softmax(s, -1).masked_fill(blind, 0.0)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.operator import transformed
 from . import reference
-from .reference import Terms, wide
+from .reference import Terms
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -49,7 +49,7 @@ def run(
     head, values = q.shape[3], v.shape[3]
     if head != values and (q.is_cpu or is_compiling()):  # torch's would hold all scores
         q, k, v = (F.pad(x, (0, max(head, values) - x.shape[3])) for x in (q, k, v))
-    added = _added(terms, q)
+    added = _added(q, k, terms)
     lse = None
     both = terms.is_causal and added is not None
     if q.is_cpu and (return_lse or both):
@@ -60,7 +60,7 @@ def run(
     else:
         if both:
             future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu_(1)
-            added, terms = _hide(added, future, q.dtype), terms._replace(is_causal=False)
+            added, terms = added.masked_fill(future, -torch.inf), terms._replace(is_causal=False)  # type: ignore[union-attr]
         if _avoids_cudnn(q, k, added):
             with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 out = plain(q, k, v, added, terms.is_causal, terms.scale)
@@ -170,23 +170,11 @@ def _avoids_cudnn(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     return wrong or torch.are_deterministic_algorithms_enabled()
 
 
-def _added(terms: Terms, q: Tensor) -> Tensor | None:
+def _added(q: Tensor, k: Tensor, terms: Terms) -> Tensor | None:
     """Masks and bias as one mask that torch takes, no larger than they broadcast to."""
-    mask, key_padding, bias = terms[:3]
-    hidden = None if mask is None else ~mask
-    if key_padding is not None:
-        padding = key_padding[:, None, None]
-        hidden = padding if hidden is None else hidden | padding
-    if bias is not None and bias.dtype != q.dtype:
-        bias = bias.to(wide(q.new_empty(0)).dtype if q.is_cpu and not is_compiling() else q.dtype)
-    return bias if hidden is None else _hide(bias, hidden, q.dtype)
-
-
-def _hide(bias: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    if bias is None:
-        zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        return zeros.masked_fill_(hidden, -torch.inf)
-    return bias.masked_fill(hidden, -torch.inf)
+    added = reference.added(q, k, terms._replace(is_causal=False))
+    exact = q.is_cpu and not is_compiling()  # flash attention on the CPU takes float32 along with half types
+    return added if added is None or exact else added.to(q.dtype)
 
 
 def _blind(added: Tensor, q: Tensor, is_causal: bool) -> Tensor:

@@ -5,12 +5,18 @@ Itself imported only when somebody asks for a Triton kernel, so that importing n
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
     "INTERPRETED",
+    "TensorDescriptor",
     "VERSION",
+    "architecture",
     "exp",
     "exp_accurate",
     "log1p_unit",
@@ -25,6 +31,17 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
 
 VERSION: str = triton.__version__
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The target whose launch configurations serve a device: sm_80, sm_90, sm_100 or gfx942."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 @triton.jit

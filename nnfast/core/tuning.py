@@ -127,3 +127,91 @@ MULTIHEAD_FASTPATH_LENGTH = 192
 
 MULTIHEAD_DROPOUT_WEIGHTS = 1 << 28
 """Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How a Triton kernel of attention is launched: queries and keys of a tile, warps, stages of its loop."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, architecture) -> of calls with plain scores, and of others: for heads up to 64, 128, 256. Half types.
+# Largest tiles whose accumulators stay in registers, all terms and dropout at once, and whose stages fit into
+# shared memory: 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942.
+_ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
+    ("forward", "sm_80"): (
+        ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        ((128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 8, 1)),
+    ),
+    ("forward", "sm_90"): (
+        ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 1)),
+    ),
+    ("forward", "sm_100"): (
+        ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+        ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    ),
+    ("forward", "gfx942"): (
+        ((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ((128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2)),
+    ),
+    ("grad_q", "sm_80"): (
+        ((64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ),
+    ("grad_q", "sm_90"): (
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 1)),
+        ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ),
+    ("grad_q", "sm_100"): (
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        ((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 1)),
+    ),
+    ("grad_q", "gfx942"): (
+        ((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+        ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+    ),
+    ("grad_kv", "sm_80"): (
+        ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+        ((32, 32, 4, 2), (32, 64, 8, 1), (16, 32, 8, 1)),
+    ),
+    ("grad_kv", "sm_90"): (
+        ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+        ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ),
+    ("grad_kv", "sm_100"): (
+        ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+        ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ),
+    ("grad_kv", "gfx942"): (
+        ((64, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
+        ((64, 64, 8, 2), (32, 64, 8, 1), (16, 32, 4, 1)),
+    ),
+}
+
+# The same for kernel grad_bias on every architecture, and for wider types everywhere.
+_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 4, 1))
+_ATTENTION_WIDE = {
+    "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "grad_q": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "grad_kv": ((32, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    "grad_bias": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+}
+
+
+def attention_config(kernel: str, arch: str, element_size: int, head: int, plain: bool) -> AttentionConfig:
+    """Launch configuration of forward, grad_q, grad_kv or grad_bias for heads padded to `head`.
+
+    plain: neither a mask, nor anything added to the scores or done to them, nor dropout; padding and windows
+    may be.
+    """
+    size = 0 if head <= 64 else 1 if head <= 128 else 2
+    if element_size > 2:
+        return AttentionConfig(*_ATTENTION_WIDE[kernel][size])
+    if kernel == "grad_bias":
+        return AttentionConfig(*_ATTENTION_BIAS[size])
+    return AttentionConfig(*_ATTENTION[kernel, arch][0 if plain else 1][size])

@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("triton_aot.py")
-REGISTERS = {"fp64": 96, "batch_norm": 168}
-"""Most registers of a thread; 64 (half occupancy at least) where none is said; batch norm is untuned."""
+REGISTERS = {"fp64": 96, "batch_norm": 168, "attention": 256}
+"""Most registers of a thread; 64 (half occupancy at least) where none is said; batch norm is untuned.
+
+Attention keeps its accumulators in them, and one or two of its programs on a multiprocessor.
+"""
+
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+"""KB of shared memory that attention may take; of sm_80 what smaller devices of its kind have too."""
 
 
 def limit(report: dict) -> int:
@@ -32,9 +38,8 @@ def test_every_kernel_and_target_is_compiled(reports):
     assert {r["target"] for r in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     focal = [r for r in reports if r["case"].startswith("softmax")]
     norms = [r for r in reports if r["case"].startswith("batch_norm")]
-    assert (
-        len(reports) - len(focal) - len(norms) == 3 * 2 * 4 * 4
-    )  # elementwise ops, directions, dtypes, targets
+    others = len(reports) - len(focal) - len(norms) - len(of_attention(reports))
+    assert others == 3 * 2 * 4 * 4  # elementwise ops, directions, dtypes, targets
     for kernel in ("statistics", "forward", "sums", "backward"):
         for layout in ("innermost", "contiguous"):
             for dtype in ("bf16", "fp32", "fp64"):
@@ -53,6 +58,41 @@ def test_every_kernel_and_target_is_compiled(reports):
                 assert len(set.intersection(*at)) >= 2
 
 
+def of_attention(reports: list[dict], *words: str) -> list[dict]:
+    return [r for r in reports if {"attention", *words} <= set(r["case"].split())]
+
+
+def test_attention_is_compiled_for_every_target_kernel_and_kind_of_call(reports):
+    for target in SHARED:
+        for kernel in ("forward", "grad_q", "grad_kv", "grad_bias"):
+            found = [r["case"].split() for r in of_attention(reports, kernel) if r["target"] == target]
+            for dtype in ("bf16", "fp32", "fp64"):
+                assert {case[3] for case in found if case[-1] == dtype} == {"64", "128", "256"}
+                kinds = {"terms", *["plain"] * (kernel != "grad_bias" and dtype == "bf16")}
+                assert {case[2] for case in found if case[-1] == dtype} == kinds
+
+
+def test_attention_multiplies_on_tensor_cores(reports):
+    """Half types and tf32, with each architecture's own instruction; float64 where it has one."""
+    own = {"sm_80": " mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    for report in of_attention(reports):
+        dtype, target = report["case"].split()[-1], report["target"]
+        if target in own and dtype in ("fp16", "bf16"):
+            assert report["tensor_cores"] == [own[target]], report
+        if target in own and dtype in ("tf32", "fp64"):
+            assert report["tensor_cores"], report
+        if target in own and dtype == "fp32":
+            assert not report["tensor_cores"], report
+
+
+def test_attention_loads_by_the_copy_engine(reports):
+    for report in of_attention(reports):
+        *_, dtype = words = report["case"].split()
+        expected = report["target"] in ("sm_90", "sm_100") and dtype in ("fp16", "bf16")
+        if report["target"] != "gfx942":
+            assert report["copy_engine"] == (expected and "grad_bias" not in words), report
+
+
 def test_nothing_spills(reports):
     assert [r for r in reports if r["spills"]] == []
 
@@ -62,12 +102,17 @@ def test_registers_leave_room_for_two_blocks_of_warps(reports):
 
 
 def test_shared_memory(reports):
-    assert [r for r in reports if r["shared"] > 48 * 1024] == []
+    for report in reports:
+        most = SHARED[report["target"]] if report["case"].startswith("attention") else 48
+        assert report["shared"] <= most * 1024, report
 
 
 def test_offsets_have_64_bits(reports):
-    """DeepSpeed#8590, fla#1080: a 32-bit product of program index and block wraps past 2**31 elements."""
-    assert {r["offsets"] for r in reports} == {64}
+    """DeepSpeed#8590, fla#1080: a 32-bit product of program index and block wraps past 2**31 elements.
+
+    Attention counts with 32 bits within a tile, whose rows are not far apart, and with 64 to where it begins.
+    """
+    assert {r["offsets"] for r in reports if not r["case"].startswith("attention")} == {64}
 
 
 def test_accesses_are_16_bytes_wide(reports):
@@ -76,6 +121,7 @@ def test_accesses_are_16_bytes_wide(reports):
     Reductions store little.
     """
     elsewhere = (
+        "attention grad_bias",
         "softmax",
         "sigmoid",
         *(f"batch_norm {n}" for n in ("statistics", "sums", "merge", "update")),

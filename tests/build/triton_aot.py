@@ -24,8 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nnfast.activation import kernels as activation
+from nnfast.attention import kernels as attention
 from nnfast.conv_bn_act import kernels as conv_bn_act
-from nnfast.core.tuning import norm_rows_config, pointwise_config, rows_config, strided_rows_config
+from nnfast.core.tuning import (
+    attention_config,
+    norm_rows_config,
+    pointwise_config,
+    rows_config,
+    strided_rows_config,
+)
 from nnfast.focal_loss import kernels as focal_loss
 
 TARGETS = {
@@ -168,6 +175,91 @@ def batch_norm_cases(dtype: str, size: int) -> Iterator[Case]:
     yield f"batch_norm update {dtype}", conv_bn_act.update_kernel, types, {"CHANNELS": 256}, 4, {}
 
 
+ATTENTION_KERNELS = ("forward", "grad_q", "grad_kv", "grad_bias")
+PLAIN = ("padding", "left", "right")
+"""What a call without terms in its scores may have."""
+TERMS = ("mask", "bias", "slopes", "cap", "seed")
+HEADS = {
+    "fp16": (64,),
+    "bf16": (64, 128, 256),
+    "fp32": (64, 128, 256),
+    "tf32": (256,),
+    "fp64": (64, 128, 256),
+}
+"""Head sizes compiled; what is not among them is launched as the next."""
+
+
+def attention_builds() -> Iterator[tuple[Case, str]]:
+    """Attention on each target: each configuration, of plain scores, and with all that it may meet at once.
+
+    Wide types have one configuration for both; float16 is launched as bfloat16 is.
+    """
+    for target, dtype in itertools.product(TARGETS, HEADS):
+        if dtype == "tf32" and target == "gfx942":  # has none
+            continue
+        for kernel, head in itertools.product(ATTENTION_KERNELS, HEADS[dtype]):
+            descriptors = target in ("sm_90", "sm_100") and dtype in ("fp16", "bf16")
+            if kernel != "grad_bias" and dtype in ("fp16", "bf16"):
+                plain = ("left", "right")
+                yield attention_case(kernel, target, dtype, head, plain, descriptors), target
+            if dtype != "fp16":
+                features = (*PLAIN, *TERMS)
+                yield attention_case(kernel, target, dtype, head, features, descriptors), target
+
+
+def attention_case(
+    kernel: str, target: str, dtype: str, head: int, features: tuple[str, ...], descriptors: bool
+) -> Case:
+    """A kernel of attention as launched for a call with these features; descriptors: if it can."""
+    function = getattr(attention, f"{kernel}_kernel")
+    element, wide = ("fp32" if dtype == "tf32" else dtype), ("fp64" if dtype == "fp64" else "fp32")
+    block_d = 1 << (head - 1).bit_length()
+    plain = set(features) <= set(PLAIN)
+    config = attention_config(kernel, target, ELEMENT_SIZES[element], block_d, plain)
+    constants: dict[str, Any] = {"D": head, "DV": head, "BLOCK_D": block_d, "BLOCK_DV": block_d}
+    constants |= {name.upper(): name in features for name in ("cap", "left", "right")}
+    constants |= {"PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    if kernel == "forward":
+        constants["RAW"] = plain
+    if "DESCRIPTOR" in function.arg_names:
+        constants["DESCRIPTOR"] = descriptors
+    of = {"mask": "*u8", "padding": "*u8", "bounds": "*i32", "slopes": f"*{wide}", "seed": "*i64"}
+    of |= dict.fromkeys(("lse", "level", "delta", "partial"), f"*{wide}")
+    optional = {"bounds": "padding", "grad_bias": "bias"}
+    types = {}
+    for name in function.arg_names:
+        argument = name.removesuffix("_ptr")
+        if name in constants:
+            continue
+        if name.endswith("_ptr"):
+            feature = optional.get(argument, argument)
+            if feature in (*PLAIN, *TERMS) and feature not in features:
+                constants[name] = None
+            else:
+                types[name] = of.get(argument, f"*{element}")
+        elif name in ("mask_k", "bias_k", "padding_k", "grad_bias_k"):
+            constants[name] = 1
+        elif name in ("enlarge", "scale", "cap", "product_scale"):
+            types[name] = "fp64"
+        else:
+            types[name] = (
+                "i64"
+                if name == "threshold"
+                else "i32:16"
+                if name[-2:] in ("_n", "_h", "_m") and name[:2] != "of" and name[:4] != "over"
+                else "i32"
+            )
+    if constants.get("DESCRIPTOR"):
+        rows, looped = (
+            (config.block_m, ("q", "grad")) if kernel == "grad_kv" else (config.block_n, ("k", "v"))
+        )
+        types |= {f"{x}_ptr": f"tensordesc<{element}[1,1,{rows},{block_d}]>" for x in looped}
+    kind = "plain" if plain else "terms"
+    name = f"attention {kernel} {kind} {head} {config.block_m}x{config.block_n} {dtype}"
+    return name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
+
+
 def compile_case(
     kernel: Any,
     types: dict[str, str],
@@ -222,6 +314,8 @@ def _machine_code(compiled: Any) -> dict[str, Any]:
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spills": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
         "shared": compiled.metadata.shared,
+        "tensor_cores": [name for name in ("wgmma.mma_async", "tcgen05.mma", " mma.sync") if name in ptx],
+        "copy_engine": "cp.async.bulk.tensor" in ptx,
         "wide": bool(
             re.search(r"ld\.global\.v[24]\.b(32|64)", ptx) and re.search(r"st\.global\.v[24]\.b(32|64)", ptx)
         ),
@@ -242,7 +336,7 @@ def builds() -> list[tuple[Case, str]]:
             one = NVIDIA[i % len(NVIDIA)]
             targets = TARGETS if case in (sizes[0], sizes[-1]) else (one, "gfx942")
             found += [(case, target) for target in targets]
-    return found
+    return found + list(attention_builds())
 
 
 def report(place: int) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""Attention's Triton kernels against the truth in float64: every kind of call, in tiles far smaller than it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import nnfast
+from nnfast.attention import kernels
+from nnfast.core.tuning import AttentionConfig
+from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, torchs, truth
+from tests.attention.test_attention import assert_as_exact, error, options_in
+
+SQUARE = AttentionConfig(16, 16, 4, 2)
+TALL = AttentionConfig(32, 16, 4, 2)
+FLAT = AttentionConfig(16, 32, 4, 2)
+
+ODD = Shape(1, 3, 3, 33, 64, 5, 24)
+GROUPED = Shape(2, 4, 2, 65, 33, 16, 16)
+MULTI_QUERY = Shape(1, 4, 1, 40, 70, 8, 16)
+ONE_QUERY = Shape(2, 2, 2, 1, 129, 16, 8)
+ONE_KEY = Shape(1, 2, 1, 33, 1, 1, 3)
+
+
+@pytest.fixture
+def in_triton(monkeypatch, device):
+    """Calls run there, in tiles of a given size and with or without the copy engine's descriptors."""
+
+    def configure(config: AttentionConfig = SQUARE, arch: str = "sm_80") -> None:
+        monkeypatch.setattr(kernels, "attention_config", lambda *_: config)
+        if device == "cpu":
+            monkeypatch.setattr(kernels, "architecture", lambda _: arch)
+
+    configure()
+    with nnfast.backend("triton"):
+        yield configure
+
+
+def with_lse(*args: torch.Tensor, **options: object) -> object:
+    """The function tested, with what it returns on demand."""
+    return ours(*args, **options, return_lse=True)
+
+
+def check(shape: Shape, name: str, dtype: torch.dtype, device: str) -> None:
+    """Out, log-sum-exp and all gradients are as exact as torch's at that dtype.
+
+    Gradients start from probabilities made again from lse, whose half ulp is a relative error of theirs.
+    """
+    q, k, v = heads(shape, dtype, device)
+    options = call(name, shape, dtype, device)
+    out, lse = ours(q, k, v, **options, return_lse=True)
+    expected, true_lse = truth(q, k, v, **options)
+    assert out.dtype == dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert_as_exact(out, torchs(q, k, v, **options), expected, f"out, {dtype}")
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = 1e-12 if dtype == torch.float64 else 1e-5
+    assert_close(lse.double(), true_lse, rtol=exact, atol=exact)
+    upper = randn(*expected.shape, seed=9).to(q)
+    true = gradients(truth, q.double(), k.double(), v.double(), options_in(options, torch.float64), upper)
+    mine = gradients(ours, q, k, v, options, upper)
+    theirs = gradients(torchs, q, k, v, options, upper)
+    floor = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
+    assert len(mine) == len(true) == 3 + ("bias" in options)
+    for which, of_ours, of_torch, of_truth in zip("qkvb", mine, theirs, true, strict=False):
+        assert of_ours.dtype == dtype
+        rounded = torch.finfo(lse.dtype).eps / 2 * float(true_lse[true_lse.isfinite()].abs().max())
+        assert error(of_ours, of_truth) <= 2 * error(of_torch, of_truth) + floor + rounded, which
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("shape", [ODD, GROUPED], ids=str)
+def test_every_call(shape, name, device, in_triton):
+    in_triton(TALL if shape is ODD else FLAT)
+    check(shape, name, torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ["plain", "padding causal", "window", "alibi", "bias of keys", "all"])
+@pytest.mark.parametrize("shape", [SMALL, MULTI_QUERY, ONE_QUERY, ONE_KEY], ids=str)
+def test_shapes(shape, name, device, in_triton):
+    check(shape, name, torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ["plain", "blind causal", "softcap", "dropout", "all"])
+def test_dtypes(dtype, name, device, in_triton):
+    check(SMALL._replace(queries=33, keys=40), name, dtype, device)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("name", ["plain", "window causal", "padding mask", "all"])
+def test_descriptors(name, arch, device, in_triton, monkeypatch):
+    """The copy engine's loads are used where they can be, and give what pointers give, for 24 of 32 columns."""
+    in_triton(SQUARE, arch)
+    made = []
+    make = kernels.TensorDescriptor
+    monkeypatch.setattr(kernels, "TensorDescriptor", lambda *args: made.append(args) or make(*args))
+    check(Shape(2, 4, 2, 33, 40, 24, 16), name, torch.float16, device)
+    assert device != "cpu" or len(made) == {"sm_90": 4 * 2, "sm_80": 0}[arch]
+
+
+def test_descriptors_need_16_byte_strides(device, in_triton):
+    in_triton(SQUARE, "sm_90")
+    check(Shape(1, 2, 1, 20, 33, 5, 8), "causal", torch.float16, device)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4, 65, 33), (2, 1, 65, 33), (2, 4, 1, 33), (2, 4, 65, 1), (1, 4, 65, 1), (1, 1, 1, 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("programs", [1, 3, 1024])
+def test_gradient_of_a_broadcast_bias(shape, programs, device, in_triton, monkeypatch):
+    """Tiles that share an element are added up in one part, in uneven parts, and each in its own."""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    q, k, v = heads(GROUPED, torch.float64, device)
+    options = {"bias": randn(*shape, seed=6).to(q), "softcap": 2.0, "window": 20}
+    uppers = randn(2, 4, 65, 16, seed=9).to(q), randn(2, 4, 65, seed=10).to(q)
+    mine = gradients(with_lse, q, k, v, options, *uppers)[3]
+    assert mine.shape == shape
+    assert_close(mine, gradients(truth, q, k, v, options, *uppers)[3])
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_gradient_through_log_sum_exp(name, device, in_triton):
+    q, k, v = heads(GROUPED, torch.float64, device)
+    options = call(name, GROUPED, torch.float64, device)
+    uppers = randn(2, 4, 65, 16, seed=9).to(q), randn(2, 4, 65, seed=10).to(q)
+
+    assert_close(gradients(with_lse, q, k, v, options, *uppers), gradients(truth, q, k, v, options, *uppers))
+
+
+def test_queries_that_see_nothing_are_zero(device, in_triton):
+    """Out and gradients exactly 0 and lse -inf, whichever way keys are hidden, and whatever is in them."""
+    q, k, v = heads(Shape(2, 2, 2, 40, 40, 8, 8), torch.float32, device)
+    padding = torch.zeros(2, 40, dtype=torch.bool, device=device)
+    padding[1] = True
+    mask = torch.ones(40, 40, dtype=torch.bool, device=device)
+    mask[[0, 17, 39]] = False
+    bias = torch.zeros(2, 1, 40, 1, device=device)
+    bias[0, :, 20] = -torch.inf
+    options = {"key_padding_mask": padding, "mask": mask, "bias": bias, "softcap": 5.0}
+    blind = torch.zeros(2, 40, dtype=torch.bool, device=device)
+    blind[1] = blind[0, [0, 17, 20, 39]] = True
+    blind = blind[:, None].expand(2, 2, 40)
+    out, lse = ours(q, k, v, **options, return_lse=True)
+    assert torch.equal(lse == -torch.inf, blind)
+    assert out[blind].eq(0).all()
+    upper = torch.ones_like(out)
+    grads = gradients(ours, q, k, v, options, upper)
+    assert grads[0][blind].eq(0).all()
+    assert all(g[1].eq(0).all() for g in grads)
+    assert all(g.isfinite().all() for g in grads)
+    assert grads[0][~blind].ne(0).any()
+
+
+def test_padded_keys_are_not_read_into_the_result(device, in_triton):
+    """Blocks that are padding altogether are skipped: not even a NaN in them is seen."""
+    shape = Shape(2, 2, 1, 20, 100, 8, 8)
+    q, k, v = heads(shape, torch.float32, device)
+    padding = torch.zeros(2, 100, dtype=torch.bool, device=device)
+    padding[0, 35:] = True
+    padding[1, :50] = True
+    options = {"key_padding_mask": padding}
+    upper = randn(2, 2, 20, 8, seed=9).to(q)
+    expected = [ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)]
+    k[0, :, 48:] = v[0, :, 48:] = k[1, :, :48] = v[1, :, :48] = torch.nan
+    found = [ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_runs_repeat_bit_by_bit(name, device, in_triton):
+    q, k, v = heads(GROUPED, torch.float32, device)
+    options = call(name, GROUPED, torch.float32, device)
+    upper = randn(2, 4, 65, 16, seed=9).to(q)
+    first, again = ([ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)] for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_views(device, in_triton):
+    """Packed, transposed, shifted by an element, innermost not last, expanded: the result of a plain copy."""
+    upper = randn(2, 4, 20, 8, seed=9).to(device, torch.float32)
+    packed = randn(2, 20, 3, 4, 8).to(device, torch.float32)
+    shifted = randn(2 * 4 * 20 * 8 + 1).to(device, torch.float32)[1:].view(2, 4, 20, 8)
+    turned = randn(2, 4, 8, 20).to(device, torch.float32).mT
+    expanded = randn(2, 1, 20, 8).to(device, torch.float32).expand(2, 4, 20, 8)
+    mask = (randn(20, 1, seed=3) > -1).to(device).expand(20, 20).mT
+    padding = (randn(20, 2, seed=4) > 1).to(device).mT
+    cases = {
+        "packed": packed.permute(2, 0, 3, 1, 4).unbind(),
+        "shifted": (shifted, shifted, shifted),
+        "turned": (turned, turned, turned),
+        "expanded": (shifted, expanded, expanded),
+    }
+    options = {"mask": mask, "key_padding_mask": padding}
+    for what, (q, k, v) in cases.items():
+        plain = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+        strange = (upper.mT.contiguous().mT, upper[:1, :1, :1, :1].expand_as(upper))
+        for g in strange if what == "packed" else (upper,):
+            found = [ours(q, k, v, **options), *gradients(ours, q, k, v, options, g)]
+            expected = [ours(*plain, **options), *gradients(ours, *plain, options, g)]
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b), what
+
+
+def test_empty(device, in_triton):
+    """No image, no query, no key: shapes as ever, zeros, and nothing launched."""
+    for shape in (Shape(0, 2, 2, 4, 4, 8, 8), Shape(1, 2, 2, 0, 4, 8, 8), Shape(1, 2, 2, 4, 0, 8, 8)):
+        q, k, v = heads(shape, torch.float32, device)
+        bias = torch.zeros(1, 2, 1, shape.keys, device=device)
+        out, lse = ours(q, k, v, bias=bias, return_lse=True)
+        assert out.shape == (shape.n, 2, shape.queries, 8)
+        assert out.eq(0).all()
+        assert lse.eq(-torch.inf).all()
+        for grad, x in zip(gradients(ours, q, k, v, {"bias": bias}, out), (q, k, v, bias), strict=True):
+            assert grad.shape == x.shape
+            assert grad.eq(0).all()
+
+
+def test_infinite_and_nan_values_propagate(device, in_triton):
+    """A NaN in a key reaches every query that sees it, and no other; nor does one in another head."""
+    q, k, v = heads(Shape(1, 2, 2, 40, 40, 8, 8), torch.float32, device)
+    k[0, 0, 20, 3] = torch.nan
+    out = ours(q, k, v, is_causal=True)
+    assert out[0, 0, 20:].isnan().all()
+    assert not out[0, 0, :20].isnan().any()
+    assert not out[0, 1].isnan().any()
+
+
+def test_scores_far_apart(device, in_triton):
+    """Largest scores of 1e4, and log-sum-exps below -88, where e**-lse overflows float32."""
+    q, k, v = heads(Shape(1, 2, 2, 33, 50, 8, 8), torch.float32, device)
+    for options in ({"scale": 1e4}, {"bias": torch.full((1, 1, 33, 50), -3e4, device=device)}):
+        upper = randn(1, 2, 33, 8, seed=9).to(q)
+        wide = options_in(options, torch.float64)
+        expected = [truth(q, k, v, **wide)[0]]
+        expected += gradients(truth, q.double(), k.double(), v.double(), wide, upper)
+        theirs = [torchs(q, k, v, **options), *gradients(torchs, q, k, v, options, upper)]
+        found = [ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)]
+        for a, b, c in zip(found, theirs, expected, strict=True):
+            assert_as_exact(a, b, c, str(options))
+
+
+def test_negative_scale(device, in_triton):
+    q, k, v = heads(SMALL, torch.float32, device)
+    assert_close(ours(q, k, v, scale=-0.5), truth(q, k, v, scale=-0.5)[0].float())
