@@ -3,6 +3,7 @@
 from . import functional
 from .activation.module import Mish, SiLU, Swish
 from .attention.multihead import MultiheadAttention
+from .attention.positional import RotaryEmbedding, SinusoidalPositionalEncoding
 from .attention.self_attention import SelfAttention
 from .conv_bn_act.blocks import BasicBlock, Bottleneck, ConvBNAct, ResidualBlock
 from .conv_bn_act.module import BatchNormAct2d, convert_sync_batchnorm
@@ -27,9 +28,11 @@ __all__ = [
     "Mish",
     "MultiheadAttention",
     "ResidualBlock",
+    "RotaryEmbedding",
     "SelfAttention",
     "SiLU",
     "SigmoidFocalLoss",
+    "SinusoidalPositionalEncoding",
     "Swish",
     "backend",
     "class_balanced_alpha",

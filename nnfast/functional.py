@@ -2,6 +2,7 @@
 
 from .activation.module import mish, silu, swish
 from .attention.module import attention
+from .attention.positional import rotary_embedding
 from .conv_bn_act.blocks import conv_bn_act
 from .conv_bn_act.module import batch_norm_act
 from .convolution.module import conv2d_act
@@ -14,6 +15,7 @@ __all__ = [
     "conv_bn_act",
     "linear_focal_loss",
     "mish",
+    "rotary_embedding",
     "sigmoid_focal_loss",
     "silu",
     "softmax_focal_loss",

@@ -518,6 +518,7 @@ _CONVOLUTION = (
     _convolution("3x3-relu", "relu", 1, 3, False, ""),
     _convolution("3x3-stride-prologue", "leaky_relu", 2, 3, False, "relu"),
     _convolution("1x1-residual-silu-prologue", "silu", 1, 1, True, "mish"),
+)
 
 
 def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -226,6 +226,9 @@ MULTIHEAD_ELEMENTS = 1 << 17
 MULTIHEAD_FASTPATH_LENGTH = 192
 """Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU."""
 
+MULTIHEAD_DROPOUT_WEIGHTS = 1 << 28
+"""Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU."""
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -238,8 +241,9 @@ class AttentionConfig:
 
 
 # (kernel, architecture) -> of half types' plain scores, and of others: for heads up to 64, 128, 256.
-# Large tiles that still stay in registers, as compiled ahead of time, and whose stages fit into shared memory:
-# 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942. Not yet measured.
+# Large tiles that still stay in registers, as compiled ahead of time, and whose stages fit into shared
+# memory: 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942. Not yet
+# measured.
 _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     ("forward", "sm_80"): (
         ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),

@@ -107,7 +107,7 @@ def timm(module: nn.Module) -> list[Proposal]:
         reasons.append("its forward does not call torch's functions as F")
     if reasons:
         return [Proposal(public_name(cls), reasons=tuple(reasons))]
-    new = __getattr__("TimmAttention")
+    new = globals().get("TimmAttention") or __getattr__("TimmAttention")
     return [Proposal(public_name(cls), f"{__name__}.{new.__name__}", {"__class__": new})]
 
 
