@@ -131,8 +131,9 @@ class AttentionConfig:
 
 
 # (kernel, architecture) -> of half types' plain scores, and of others: for heads up to 64, 128, 256.
-# Large tiles that still stay in registers, as compiled ahead of time, and whose stages fit into shared memory:
-# 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942. Not yet measured.
+# Large tiles that still stay in registers, as compiled ahead of time, and whose stages fit into shared
+# memory: 99 KB on sm_80, for the smaller devices of its kind, 227 on sm_90 and sm_100, 64 on gfx942. Not yet
+# measured.
 _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     ("forward", "sm_80"): (
         ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
@@ -185,11 +186,11 @@ _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], .
 }
 
 # The same for kernel grad_bias on every architecture, and for wider types everywhere.
-_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 4, 1))
+_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 8, 1))
 _ATTENTION_WIDE = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    "grad_q": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    "grad_kv": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    "grad_q": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    "grad_kv": ((32, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "grad_bias": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
 }
 
