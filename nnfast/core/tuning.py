@@ -296,11 +296,11 @@ _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], .
 }
 
 # The same for kernel grad_bias on every architecture, and for wider types everywhere.
-_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 4, 1))
+_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 8, 1))
 _ATTENTION_WIDE = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    "grad_q": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    "grad_kv": ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    "grad_q": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    "grad_kv": ((32, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "grad_bias": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
 }
 
