@@ -253,7 +253,7 @@ def function(x, weight, bias, residual, scale, shift, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("name", ["leaky_relu", "silu"])
 def test_gradcheck_of_everything(name):
     if missing := triton_why_not("cpu"):
         pytest.skip(missing)
