@@ -77,11 +77,83 @@ def crossover(found: dict[int, float]) -> int | None:
     return min(faster, default=None)
 
 
+PLANES = ((512, 7), (256, 14), (64, 56))
+"""Channels, and height and width, of what batch norms are measured with."""
+
+
+def norm_ratio(
+    backend: str, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, heavy: bool
+) -> float:
+    """torch's time over the backend's, of the activation and residual for which that is least.
+
+    heavy: a training step, else inference.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def image() -> Tensor:
+        x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+        return x.requires_grad_(heavy)
+
+    parameters = [torch.ones(shape[1], device=device, dtype=dtype, requires_grad=heavy) for _ in range(2)]
+    running = [torch.ones(shape[1], device=device, dtype=dtype) for _ in range(2)]
+    found = []
+    for act, with_residual in (("identity", False), ("relu", False), ("relu", True)):
+        if act == "identity" and not heavy:
+            continue  # one pass whoever runs it
+
+        def step(inputs: tuple[Tensor, Tensor, Tensor], act: str = act, with_residual: bool = with_residual):
+            x, residual, grad = inputs
+            y = nnfast.functional.batch_norm_act(
+                x, *running, *parameters, heavy, act=act, residual=residual if with_residual else None
+            )
+            wanted = [x, *parameters, *[residual] * with_residual]
+            return torch.autograd.grad(y, wanted, grad) if heavy else y
+
+        contenders = {name: forced(step, name) for name in (backend, "aten")}
+        inputs = rotation(lambda: (image(), image(), image().detach()), 9 * image().nbytes, device)
+        times = compare(contenders, inputs, device, 0.1)
+        found.append(times["aten"] / times[backend])
+    return min(found)
+
+
+def batch_norms(backend: str, sizes: list[int]) -> None:
+    """Print from where on a backend's batch norm pays, for each row of its table of thresholds."""
+    for heavy in (False, True):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            innermost = layout is torch.channels_last
+            shipped = tuning.NORM_THRESHOLDS.get((backend, heavy, innermost))
+            mode = "training" if heavy else "inference"
+            print(
+                f"batch_norm_act {backend} {mode} {str(layout).removeprefix('torch.')} (shipped: {shipped})"
+            )
+            for channels, side in PLANES:
+                for dtype in DTYPES:
+                    found = {}
+                    for size in sizes:
+                        images = size // (channels * side * side)
+                        if images:
+                            shape = (images, channels, side, side)
+                            found[size] = norm_ratio(backend, shape, layout, dtype, heavy)
+                    ratios = "  ".join(f"2^{n.bit_length() - 1}: {r:.2f}x" for n, r in found.items())
+                    name = str(dtype).removeprefix("torch.")
+                    print(f"  {channels} at {side}x{side} {name}: {crossover(found)}  {ratios}", flush=True)
+
+
 def main() -> None:
     """Measure and print them all, or those that are named."""
     torch.set_num_threads(2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = sys.argv[1:] or [c.name for c in TABLE if c.family == "activation" or c.name in PREPARED]
+    names = sys.argv[1:] or [
+        *[c.name for c in TABLE if c.family == "activation" or c.name in PREPARED],
+        "batch_norm_act",
+    ]
+    if "batch_norm_act" in names:
+        for backend in OPS["batch_norm_act"].backends:
+            if backend.name not in ("aten", "reference") and not backend.why_not(
+                *OPS["batch_norm_act"].example(device)
+            ):
+                batch_norms(backend.name, [1 << n for n in range(16, 23)])
+        names = [name for name in names if name != "batch_norm_act"]
     for case in (c for c in TABLE if c.name in names):
         sizes = [1 << n for n in (range(12, 31, 2) if device == "cuda" else range(8, 25))]
         if case.name in PREPARED and device == "cpu":

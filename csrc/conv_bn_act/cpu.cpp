@@ -4,8 +4,11 @@
 #include "common/cpu.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <utility>
 
 #include "conv_bn_act/ops.h"
 
@@ -36,10 +39,9 @@ struct LaneBits {
   static constexpr int parts = P::parts, lanes = P::lanes;
 
   // Not 0 in the lanes whose bit is set. Bits, since GCC takes a Mask apart that crosses a branch.
-  static NNFAST_INLINE Bits spread(uint32_t bits, int part) {
-    Bits lane_bit;
-    for (int i = 0; i < lanes / parts; ++i) lane_bit[i] = 1u << (i * parts + part);
-    return (Bits{} + bits) & lane_bit;
+  template <int part>
+  static NNFAST_INLINE Bits spread(uint32_t bits) {
+    return (Bits{} + bits) & lane_bits<part>(std::make_integer_sequence<int, lanes / parts>());
   }
 
   static NNFAST_INLINE uint32_t gather(const Mask (&mask)[parts]) {
@@ -58,6 +60,11 @@ struct LaneBits {
   }
 
  private:
+  template <int part, int... lane>
+  static NNFAST_INLINE Bits lane_bits(std::integer_sequence<int, lane...>) {
+    return Bits{1u << (lane * parts + part)...};
+  }
+
   static NNFAST_INLINE uint32_t signs(Mask mask) {
     uint32_t bits = 0;
 #if defined(__x86_64__)
@@ -110,15 +117,14 @@ struct Engine {
   static constexpr int sums = Body::sums, parts = P::parts, lanes = P::lanes;
   static constexpr int slots = sums ? sums : 1, sinks = outputs ? outputs : 1;
   static constexpr int unit = lanes < 8 ? 8 : lanes;  // whole bytes of mask
-  static constexpr int group = sums ? 8 : 1;          // rows whose sums are taken together
 
   const Body& body;
   const T* in[inputs];
   T* out[sinks];
-  int64_t width;             // columns: a multiple of `unit`
-  int64_t table_width;       // `width`, or `lanes` where all columns share their coefficients
-  const Compute* table;      // (tables, table_width), each Pack's columns in the order of its parts
-  Compute* total = nullptr;  // (sums, width), likewise
+  int64_t width;            // columns: a multiple of `unit`
+  int64_t table_width;      // `width`, or `lanes` where all columns share their coefficients
+  const Compute* table;     // (tables, table_width), each Pack's columns in the order of its parts
+  double* total = nullptr;  // (sums, width), likewise
 
   // Where column j of a table is.
   static NNFAST_INLINE int64_t place(int64_t j) {
@@ -130,46 +136,82 @@ struct Engine {
   // compiled for each instruction set.
   NNFAST_INLINE void run(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out,
                          bool stream) const {
-    const int64_t whole = n / lanes * lanes;
-    for (int64_t at = 0; at < whole;) {
-      const int64_t rows = std::min<int64_t>(group, (whole - at) / width);
-      const int64_t count = rows ? rows : 1, columns = rows ? width : whole - at;
-      for (int64_t j = 0; j < columns; j += lanes) {
-        V sum[slots][parts] = {};
-        for (int64_t r = 0, i = at + j; r < count; ++r, i += width) {
-          const T* from[inputs];
-          T* to[sinks];
-          for (int k = 0; k < inputs; ++k) from[k] = in[k] + first + i;
-          for (int k = 0; k < outputs; ++k) to[k] = out[k] + first + i;
-          uint32_t open = 0;
-          if (Body::takes_bits && bits) open = get(bits, i, lanes);
-          const uint32_t gives = one<false>(from, to, column(j), open, 0, bits_out, stream, sum);
-          if (Body::gives_bits && bits_out) put(bits_out, i, lanes, gives);
-        }
-        add(j, sum);
-      }
-      at += count * width;
-    }
-    if (whole < n) rest(first, whole, n, bits, bits_out);
+    const Engine engine = *this;  // in registers, since what is stored may overlap *this
+    engine.walk(first, n, bits, bits_out, stream);
   }
 
  private:
-  NNFAST_INLINE void add(int64_t j, const V (&sum)[slots][parts]) const {
+  NNFAST_INLINE void walk(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out,
+                          bool stream) const {
+    const int64_t whole = n / lanes * lanes;
+    V sum[slots][parts] = {};
+    const auto vector = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+      const T* from[inputs];
+      T* to[sinks];
+      for (int k = 0; k < inputs; ++k) from[k] = in[k] + first + i;
+      for (int k = 0; k < outputs; ++k) to[k] = out[k] + first + i;
+      uint32_t open = 0;
+      if (Body::takes_bits && bits) open = get(bits, i, lanes);
+      const uint32_t gives = one<false>(from, to, column(j), open, 0, bits_out, stream, sum);
+      if (Body::gives_bits && bits_out) put(bits_out, i, lanes, gives);
+    };
+    if constexpr (sums == 0) {
+      for (int64_t i = 0, j = 0; i < whole; i += lanes) {
+        vector(i, j);
+        j = j + lanes == width ? 0 : j + lanes;
+      }
+    } else {
+      // where all columns share their sums: they are those of the first
+      const int64_t step = shared() ? lanes : width, group = shared() ? 32 : 8;
+      for (int64_t at = 0, rows = shared() ? whole / lanes : whole / width; at < whole; rows -= group) {
+        const int64_t count = std::clamp<int64_t>(rows, 1, group);
+        const int64_t columns = rows > 0 ? step : whole - at;
+        for (int64_t j = 0; j < columns; j += lanes) {
+          for (int64_t r = 0, i = at + j; r < count; ++r, i += step) vector(i, j);
+          if (shared() && rows <= group) continue;  // with what is left
+          add(j, sum);
+        }
+        at += count * step;
+      }
+    }
+    if (whole < n) rest(first, whole, n, bits, bits_out, sum);
+    if (sums && (whole < n || shared())) add(shared() ? 0 : whole % width, sum);
+  }
+
+  NNFAST_INLINE bool shared() const { return table_width != width || width == lanes; }
+
+  // Adds sums to the total and leaves zeros.
+  NNFAST_INLINE void add(int64_t j, V (&sum)[slots][parts]) const {
     for (int s = 0; s < sums; ++s)
       for (int part = 0; part < parts; ++part) {
-        Compute* const to = total + s * width + j + part * (lanes / parts);
-        V value;
-        std::memcpy(&value, to, sizeof(V));
-        value += sum[s][part];
-        std::memcpy(to, &value, sizeof(V));
+        double* const to = total + s * width + j + part * (lanes / parts);
+        if constexpr (sizeof(Compute) == sizeof(double)) {
+          add_to(to, sum[s][part]);
+        } else {
+          using Narrow = typename VectorOf<Compute, bytes / 2>::type;
+          using Wide = typename VectorOf<double, bytes>::type;
+          const auto halves = __builtin_bit_cast(std::array<Narrow, 2>, sum[s][part]);
+          add_to(to, __builtin_convertvector(halves[0], Wide));
+          add_to(to + bytes / 8, __builtin_convertvector(halves[1], Wide));
+        }
+        sum[s][part] = V{};
       }
   }
 
-  NNFAST_INLINE const Compute* column(int64_t j) const { return table + (table_width == width ? j : 0); }
+  template <class Wide>
+  static NNFAST_INLINE void add_to(double* to, Wide value) {
+    Wide total;
+    std::memcpy(&total, to, sizeof(Wide));
+    total += value;
+    std::memcpy(to, &total, sizeof(Wide));
+  }
+
+  NNFAST_INLINE const Compute* column(int64_t j) const { return table + (shared() ? 0 : j); }
 
   // Less than a vector: the last whole one of the stretch again, or else a padded copy.
-  NNFAST_INLINE void rest(int64_t first, int64_t i, int64_t n, const uint8_t* bits, uint8_t* bits_out) const {
-    const int count = int(n - i), again = table_width != width && n >= lanes ? lanes - count : 0;
+  NNFAST_INLINE void rest(int64_t first, int64_t i, int64_t n, const uint8_t* bits, uint8_t* bits_out,
+                          V (&sum)[slots][parts]) const {
+    const int count = int(n - i), again = shared() && n >= lanes ? lanes - count : 0;
     const T* from[inputs];
     T* to[sinks];
     T padded[inputs + sinks][lanes];
@@ -185,10 +227,8 @@ struct Engine {
     if (Body::takes_bits && bits) open = get(bits, i, count) << again;
     if (Body::takes_bits && bits && again) open |= get(bits, i - lanes, lanes) >> count;
     const uint32_t keep = ((1u << count) - 1) << again;
-    V sum[slots][parts] = {};
-    const int64_t j = i % width;
+    const int64_t j = shared() ? 0 : i % width;
     const uint32_t gives = one<true>(from, to, column(j), open, keep, bits_out, false, sum);
-    add(j, sum);
     for (int k = 0; k < outputs; ++k)
       if (out[k] && !again) std::memcpy(static_cast<void*>(out[k] + first + i), to[k], count * sizeof(T));
     if (Body::gives_bits && bits_out) put(bits_out, i, count, (gives & keep) >> again);
@@ -202,20 +242,23 @@ struct Engine {
     P packs[inputs], results[sinks];
     for (int k = 0; k < inputs; ++k) packs[k] = P::load(from[k]);
     V z[parts] = {};
-    for (int part = 0; part < parts; ++part) {
+    const auto each = [&](auto index) __attribute__((always_inline)) {
+      constexpr int part = decltype(index)::value;
       V x[inputs], c[tables], y[sinks] = {}, term[slots] = {};
       for (int k = 0; k < inputs; ++k) x[k] = packs[k].part[part];
       for (int k = 0; k < tables; ++k)
         std::memcpy(&c[k], columns + k * table_width + part * (lanes / parts), sizeof(V));
-      const auto opened = LB::spread(open, part);
+      const auto opened = LB::template spread<part>(open);
       body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, z[part]);
       for (int k = 0; k < outputs; ++k) results[k].part[part] = y[k];
       for (int s = 0; s < sums; ++s)
         if constexpr (partial)
-          sum[s][part] += LB::spread(keep, part) != 0 ? term[s] : V{};
+          sum[s][part] += LB::template spread<part>(keep) != 0 ? term[s] : V{};
         else
           sum[s][part] += term[s];
-    }
+    };
+    each(std::integral_constant<int, 0>());  // GCC would leave a loop, and the sums in memory
+    if constexpr (parts == 2) each(std::integral_constant<int, 1>());
     for (int k = 0; k < outputs; ++k) {
       if (!out[k]) continue;
       if constexpr (bytes >= 32 && !partial)
@@ -317,7 +360,8 @@ struct Worker {
   using Compute = typename E::Compute;
   const Task<Body>& task;
   const int64_t period, width, table_width;
-  Scratch<Compute> table, total;
+  Scratch<Compute> table;
+  Scratch<double> total;
   Scratch<uint8_t> packed;
   E engine;
 
@@ -325,7 +369,7 @@ struct Worker {
   NNFAST_INLINE Worker(const Task<Body>& task, int64_t columns, int64_t most)
       : task(task),
         period(task.period()),
-        width(width_of(period, task.layout.channels_last ? columns : 4 * E::unit)),
+        width(width_of(period, task.layout.channels_last ? columns : 1)),
         table_width(task.layout.channels_last ? width : E::lanes),
         table(E::tables * table_width),
         total(E::sums * width),
@@ -346,6 +390,12 @@ struct Worker {
   NNFAST_INLINE void fill(const Value& value) const {
     Compute* to = table.get();
     for (int k = 0; k < E::tables; ++k, to += table_width) {
+      if (table_width == E::lanes && period == 1) {  // often: of each plane
+        const typename E::V all = typename E::V{} + value(k, 0);
+        for (int part = 0; part < E::parts; ++part)
+          std::memcpy(to + part * (E::lanes / E::parts), &all, sizeof(all));
+        continue;
+      }
       for (int64_t c = 0; c < period; ++c) to[E::place(c)] = value(k, c);
       for (int64_t j = period; j < table_width; ++j) to[E::place(j)] = to[E::place(j - period)];
     }
@@ -370,15 +420,22 @@ struct Worker {
     if (repacks && to) task.row_bits().unpack(packed.get(), n / period, to);
   }
 
-  NNFAST_INLINE void clear() const { std::fill_n(total.get(), E::sums * width, Compute(0)); }
+  NNFAST_INLINE void clear() const { std::fill_n(total.get(), E::sums * width, 0.0); }
 
-  // The sums of each channel: (sums, period), in double.
+  // The sums of each channel: (sums, period). What they are made from is lost.
   NNFAST_INLINE void fold(double* to) const {
-    const Compute* from = total.get();
+    double* from = total.get();
     for (int s = 0; s < E::sums; ++s, to += period, from += width) {
+      if (period == 1) {
+        int64_t left = width;
+        for (; left % 2 == 0; left /= 2)
+          for (int64_t j = 0; j < left / 2; ++j) from[j] += from[left / 2 + j];
+        *to = std::accumulate(from, from + left, 0.0);
+        continue;
+      }
       std::fill_n(to, period, 0.0);
       for (int64_t j = 0; j < width; j += period)
-        for (int64_t c = 0; c < period; ++c) to[c] += double(from[E::place(j + c)]);
+        for (int64_t c = 0; c < period; ++c) to[c] += from[E::place(j + c)];
     }
   }
 };
@@ -427,23 +484,26 @@ struct Map {
     const Layout& layout = task.layout;
     const int64_t most = std::max<int64_t>(1, task.repacks() ? piece / layout.channels : layout.rows());
     const Worker<Body, bytes> worker(task, 256, most * layout.channels);
-    int64_t filled = -1;
+    int64_t plane = begin / pieces.count, from = begin % pieces.count * pieces.size;
+    int64_t channel = layout.channels_last ? 0 : plane % layout.channels;
+    worker.fill(channel);
     for (int64_t i = begin; i < end;) {
-      int64_t channel = 0, first, n;
+      int64_t first, n;
       if (layout.channels_last) {
         const int64_t rows = std::min(most, end - i);
         first = i * layout.channels;
         n = rows * layout.channels;
         i += rows;
       } else {
-        const int64_t plane = i / pieces.count, from = i % pieces.count * pieces.size;
-        channel = plane % layout.channels;
+        if (from >= layout.pixels) {
+          from = 0, ++plane, channel = channel + 1 == layout.channels ? 0 : channel + 1;
+          worker.fill(channel);
+        }
         first = plane * layout.pixels + from;
         n = std::min(pieces.size, layout.pixels - from);
+        from += pieces.size;
         ++i;
       }
-      if (channel != filled) worker.fill(channel);
-      filled = channel;
       worker.run(first, n, stream);
     }
 #if defined(__x86_64__)
@@ -501,12 +561,19 @@ struct Reduce {
           stretches = std::min(planes, images - image);
           ++i;
         }
-        const double count = double(n / worker.period * stretches);
-        for (int pass = accumulate.start(worker, part, channel, count); pass > 0; --pass) {
+        const auto add_up = [&](int64_t stretches, int64_t n) __attribute__((always_inline)) {
           worker.clear();
           for (int64_t k = 0; k < stretches; ++k) worker.run(first + k * channels * layout.pixels, n, false);
           worker.fold(sums.get());
-          accumulate.finish(worker, part, channel, count, sums.get(), pass == 1);
+          return double(n / worker.period * stretches);
+        };
+        for (bool ready = accumulate.start(worker, part, channel);; ready = true) {
+          // an eighth, to know about what to expect
+          const int64_t most = ready ? stretches : (stretches + 7) / 8;
+          const int64_t length = ready || stretches > 1 ? n : (n / worker.period + 7) / 8 * worker.period;
+          const double count = add_up(most, length);
+          accumulate.finish(worker, part, channel, count, sums.get(), ready);
+          if (ready) break;
         }
       }
     }
@@ -607,9 +674,13 @@ struct Statistics {
 
   static NNFAST_INLINE void merge(double& count, double& mean, double& m2, double n, double other_mean,
                                   double other_m2) {
+    if (count == 0) {
+      count = n, mean = other_mean, m2 = other_m2;
+      return;
+    }
     const double total = count + n, share = n / total, delta = other_mean - mean;
-    mean = count == 0 ? other_mean : mean * (1 - share) + other_mean * share;
-    m2 = count == 0 ? other_m2 : m2 + other_m2 + delta * delta * share * count;
+    mean = mean * (1 - share) + other_mean * share;
+    m2 += other_m2 + delta * delta * share * count;
     count = total;
   }
 
@@ -621,9 +692,9 @@ struct Statistics {
   }
 
   template <class W>
-  NNFAST_INLINE int start(const W& worker, int64_t part, int64_t channel, double) const {
+  NNFAST_INLINE bool start(const W& worker, int64_t part, int64_t channel) const {
     fill(worker, part, channel);
-    return count[part * channels + channel] == 0 ? 2 : 1;
+    return count[part * channels + channel] != 0;
   }
 
   template <class W>
@@ -657,9 +728,9 @@ struct Totals {
   double* totals;  // (parts, sums, channels), zero at first
 
   template <class W>
-  NNFAST_INLINE int start(const W& worker, int64_t, int64_t channel, double) const {
+  NNFAST_INLINE bool start(const W& worker, int64_t, int64_t channel) const {
     worker.fill(channel);
-    return 1;
+    return true;
   }
 
   template <class W>

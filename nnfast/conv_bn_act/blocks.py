@@ -569,7 +569,11 @@ def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
     grad = torch.is_grad_enabled() and weight.requires_grad
     if grad and via is not None:
         weight = _contiguous_gradient(weight)
+    weight_first = grad and bias is None and _weight_first_serves(conv, x)
     with _saving_less(x, via) if grad else nullcontext():
+        if weight_first:
+            y: Tensor = _weight_first(x, weight, conv, x.grad_fn)
+            return y, offset
         return conv._conv_forward(x, weight, bias), offset
 
 
@@ -589,13 +593,54 @@ def _saving_less(x: Tensor, via: Via) -> AbstractContextManager[Any]:
     That costs a pass over x in backward.
     """
     compute = _entering(via[0]) if via is not None and x is via[1] else again(x)
-    if compute is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return nullcontext()  # nothing to gain, or somebody else decides what is kept, as checkpointing does
+    if compute is None or _others_save():
+        return nullcontext()
     pointer, made = x.data_ptr(), _Again(compute)
     return saved_tensors_hooks(
         lambda saved: made if saved.data_ptr() == pointer else saved,
         lambda kept: kept.compute() if isinstance(kept, _Again) else kept,
     )
+
+
+def _weight_first_serves(conv: nn.Conv2d, x: Tensor) -> bool:
+    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    kept = again(x) is not None and not _others_save()
+    return zeros and kept and not torch.is_autocast_enabled(x.device.type)
+
+
+def _others_save() -> bool:
+    """Somebody else decides what is kept, as checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class _WeightFirst(torch.autograd.Function):
+    """conv(x), where x is computed again in backward: it is gone before its gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d, made_by: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
+        ctx.made_by = made_by
+        y: Tensor = conv._conv_forward(x, weight, None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        back = torch.ops.aten.convolution_backward
+        if torch.is_grad_enabled():
+            dx, dw, _ = back(grad, x, weight, None, *ctx.options, [need_x, need_weight, False])
+            return dx, dw, None, None
+        dw = back(grad, x, weight, None, *ctx.options, [False, True, False])[1] if need_weight else None
+        del x
+        if not need_x:
+            return None, dw, None, None
+        like = ctx.made_by.saved_tensors[0]  # of x's shape and layout; its values are not read
+        return back(grad, like, weight, None, *ctx.options, [True, False, False])[0], dw, None, None
+
+
+_weight_first: Callable[..., Tensor] = _WeightFirst.apply
 
 
 def _entering(x: Tensor) -> Callable[[], Tensor]:

@@ -50,7 +50,6 @@ from ..core.operator import (
     implement,
     place_why_not,
     plain_why_not,
-    size_not_worth,
     transformed,
 )
 from . import reference
@@ -609,10 +608,38 @@ def _why_not(
     return reasons
 
 
-def _not_worth(backend: str, x: Tensor, norm: Norm, *_: Any) -> list[str]:
+def _not_worth(
+    backend: str,
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    act: int = IDENTITY,
+    slope: float = 0.01,
+) -> list[str]:
     if norm.group is not None and x.is_cpu and backend == "cpu":
         return []  # torch has none on the cpu
-    return size_not_worth(NAME, backend, x)
+    if backend == "triton" and x.is_cpu:
+        return ["interpreted: for tests, not for speed"]
+    tensors = (x, residual, *norm[:2], *(residual_norm or ())[:2])
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    heavy, innermost = norm.batch or grad, channels_innermost(x)
+    least = tuning.NORM_THRESHOLDS.get((backend, heavy, innermost))
+    if least is None:
+        return ["not measured to be faster than torch's own kernel"]
+    if innermost and dense(x) is not x:
+        return ["x is neither contiguous nor channels last, and would be copied"]
+    reasons = []
+    numel = least.wide if x.dtype in (torch.float32, torch.float64) else least.half
+    if x.numel() < numel:
+        mode = "with batch statistics or autograd" if heavy else "in inference"
+        reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {mode}")
+    stretch, what = (_count(x), "channel") if innermost else (x.shape[2:].numel(), "plane")
+    if stretch < least.stretch:
+        reasons.append(f"{stretch} values of a {what}; measured to pay from {least.stretch} on")
+    if not heavy and residual is None and act == IDENTITY:
+        reasons.append("one pass, in torch as well")
+    return reasons
 
 
 def _aten_why_not(
@@ -631,7 +658,7 @@ class BatchNormAct(Op):
     """The operation; called with (x, norm, residual, residual_norm, act, slope), checked."""
 
     def __init__(self) -> None:
-        self.least = tuning.smallest(NAME)
+        self.least = tuning.SMALLEST_NORM
         compiled, triton = Kernels(LIBRARY), Kernels(LIBRARY, "triton")
         self.in_triton = triton
         ours = [

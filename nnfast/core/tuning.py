@@ -30,6 +30,33 @@ THRESHOLDS: dict[tuple[str, str], Threshold] = {
 }
 
 
+@dataclass(frozen=True)
+class NormThreshold:
+    """From where on a backend's batch norm beats torch's own.
+
+    Attributes:
+        wide: fewest elements in float32 and float64.
+        half: fewest elements in half types.
+        stretch: fewest values of a channel where channels are innermost, else of a plane.
+    """
+
+    wide: int
+    half: int
+    stretch: int
+
+
+# (backend, statistics of the batch or autograd, channels innermost) -> NormThreshold. What is not listed has
+# not been measured, as above.
+NORM_THRESHOLDS: dict[tuple[str, bool, bool], NormThreshold] = {
+    ("cpu", True, True): NormThreshold(wide=1 << 18, half=1 << 18, stretch=1536),
+    ("cpu", True, False): NormThreshold(wide=1 << 19, half=1 << 21, stretch=14 * 14),
+    ("cpu", False, True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
+    ("cpu", False, False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
+}
+SMALLEST_NORM = min(min(t.wide, t.half) for t in NORM_THRESHOLDS.values())
+"""Fewest elements for which any backend but torch's own is worth choosing."""
+
+
 def threshold(op: str, backend: str, grad: bool) -> int:
     """Fewest elements from which `backend` is worth choosing for `op`."""
     found = THRESHOLDS.get((op, backend))
@@ -189,6 +216,6 @@ def linear_chunk(rows: int, classes: int) -> int:
     return max(-(-rows // 16), (1 << 22) // classes, 1)
 
 
-CHANNELS_LAST_PIXELS = 14 * 14
+CHANNELS_LAST_PIXELS = 28 * 28
 """Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
-run inside in channels_last: oneDNN's convolutions of 7x7 images are slower there."""
+run inside in channels_last: with smaller ones weights are large, and to reorder them costs what is gained."""

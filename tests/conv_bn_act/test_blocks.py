@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nnfast
 from nnfast.conv_bn_act import blocks
+from nnfast.core import tuning
 
 CHANNELS_LAST = torch.channels_last
 
@@ -76,6 +77,12 @@ BLOCKS = {
     "Wide": _torchvision("Bottleneck", 8, 2, base_width=128),
     "dilated": _torchvision("Bottleneck", 8, 2, dilation=2),
 }
+
+
+@pytest.fixture(autouse=True)
+def channels_last_pays_for_small_images(monkeypatch):
+    """So that the way through channels_last is tested without large ones."""
+    monkeypatch.setattr(tuning, "CHANNELS_LAST_PIXELS", 14 * 14)
 
 
 @pytest.fixture(params=BLOCKS)
@@ -440,3 +447,26 @@ def test_constructors_refuse_as_torchvision():
     assert "act='leaky_relu', negative_slope=0.1" in repr(
         nnfast.ConvBNAct(8, 8, 1, act="leaky_relu", negative_slope=0.1)
     )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "last"])
+def test_backward_twice_and_of_backward(layout):
+    """conv2's input, computed again in backward, is there as often as it is asked for, and differentiable."""
+    torch.manual_seed(0)
+    theirs = SeedBlock(8, 8).double()
+    ours = nnfast.ResidualBlock(8, 8).double()
+    ours.load_state_dict(theirs.state_dict())
+
+    def gradients(block: nn.Module) -> list[torch.Tensor]:
+        x = image(layout, torch.float64, size=6).requires_grad_()
+        weights = [p for p in block.parameters() if p.dim() == 4]
+        y = block(x)
+        grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        once = torch.autograd.grad(y, [x, *weights], grad, retain_graph=True)
+        again = torch.autograd.grad(y, [x, *weights], grad, create_graph=True)
+        assert_close(again, once)
+        return [*once, *torch.autograd.grad(sum(g.square().sum() for g in again), [x, *weights])]
+
+    with nnfast.backend("reference"):
+        found = gradients(ours)
+    assert_close(found, gradients(theirs))
