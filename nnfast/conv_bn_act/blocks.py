@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..activation.module import Mish, SiLU
+from ..convolution.op import CONV2D_ACT
 from ..core import tuning
 from ..core.op import Backend, Explanation, Op, describe, forced
 from ..core.operator import transformed
@@ -531,7 +532,7 @@ def _infer(unit: Unit, x: Tensor, residual: Tensor | None = None) -> Tensor | No
 def _ours_possible(x: Tensor) -> bool:
     """Our own convolutions may be the choice: looked at before all that costs more."""
     name = forced()
-    return name == "triton" or (name is None and x.is_cuda)
+    return name == "triton" or (name is None and x.is_cuda and x.numel() >= CONV2D_ACT.least)
 
 
 def _unfolded(

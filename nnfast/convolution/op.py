@@ -32,6 +32,7 @@ from torch.compiler import is_compiling
 
 from ..activation.reference import IDENTITY, LEAKY_RELU, RELU, act_backward
 from ..activation.reference import act as activated
+from ..core import tuning
 from ..core.op import Backend, Op, forced
 from ..core.operator import (
     LIBRARY,
@@ -44,7 +45,6 @@ from ..core.operator import (
     size_not_worth,
     transformed,
 )
-from ..core.tuning import conv_config
 from . import reference
 
 NAME = "conv2d_act"
@@ -90,7 +90,7 @@ def _fake_forward(overload: str, x: Tensor, weight: Tensor, *args: Any) -> tuple
     parts = 1
     if overload:
         rows = size[0] * size[2] * size[3]
-        config = conv_config(rows, weight.shape[0], x.shape[1], x.element_size())
+        config = tuning.conv_config(rows, weight.shape[0], x.shape[1], x.element_size())
         parts = (rows + config.rows - 1) // config.rows
     return y, x.new_empty((3, parts, weight.shape[0]), dtype=dtype)
 
@@ -389,11 +389,12 @@ def _why_not(
         reasons.append(f"stride is {tuple(stride)}; our kernels have 1 and 2")
     if not x.is_contiguous(memory_format=torch.channels_last):
         reasons.append("x is not laid out in torch.channels_last")
-    rows = x.shape[0] * max(x.shape[2] * x.shape[3], 1)
+    size = convolved_size(x.shape, weight.shape, stride, padding)
+    pixels = x.shape[0] * max(x.shape[2] * x.shape[3], size[2] * size[3])
     if not x.numel() or not weight.numel():
         reasons.append("x or weight is empty")
-    elif rows >= 1 << 31:
-        reasons.append(f"x has {rows} pixels; our kernels count to {(1 << 31) - 1}")
+    elif pixels >= 1 << 31:
+        reasons.append(f"{pixels} pixels; our kernels count to {(1 << 31) - 1}")
     if transformed():
         reasons.append("a torch.func transform or forward-mode differentiation; our kernels know none")
     return reasons
@@ -407,6 +408,7 @@ class Conv2dActOp(Op):
     """The operation; called with (x, weight, bias, residual, prologue, stride, ..., act, slope), checked."""
 
     def __init__(self) -> None:
+        self.least = tuning.smallest(NAME)
         Kernels(LIBRARY)
         self.kernels = Kernels(LIBRARY, "triton")
         for operator, function in (

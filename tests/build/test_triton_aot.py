@@ -10,15 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from nnfast.core.tuning import CONV_CONFIGS
+
 PROGRAM = Path(__file__).with_name("triton_aot.py")
-REGISTERS = {"fp64": 96, "batch_norm": 168, "attention": 512}
+REGISTERS = {"fp64": 96, "batch_norm": 168, "convolution": 208, "attention": 512}
 """Most registers of a thread; 64 (half occupancy at least) where none is said; batch norm is untuned.
 
+Convolutions hold their sums, and hide memory by stages in flight: two blocks of 4 warps, or one of 8, fit.
 Attention keeps its accumulators in them, a program or two to a multiprocessor; on AMD 512 are a thread's.
 """
 
-SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-"""KB of shared memory that attention may take; of sm_80 what smaller devices of its kind have too."""
+SHARED = {
+    "convolution": {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64},
+    "attention": {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64},
+}
+"""KB of shared memory that a block may take; 48 where none is said. Attention's on sm_80 is what smaller devices
+of its kind have too."""
 
 
 def limit(report: dict) -> int:
@@ -38,7 +45,8 @@ def test_every_kernel_and_target_is_compiled(reports):
     assert {r["target"] for r in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     focal = [r for r in reports if r["case"].startswith("softmax")]
     norms = [r for r in reports if r["case"].startswith("batch_norm")]
-    others = len(reports) - len(focal) - len(norms) - len(of_attention(reports))
+    convolutions = [r for r in reports if r["case"].startswith("convolution")]
+    others = len(reports) - len(focal) - len(norms) - len(of_attention(reports)) - len(convolutions)
     assert others == 3 * 2 * 4 * 4  # elementwise ops, directions, dtypes, targets
     for kernel in ("statistics", "forward", "sums", "backward"):
         for layout in ("innermost", "contiguous"):
@@ -110,8 +118,8 @@ def test_registers_leave_room_for_two_blocks_of_warps(reports):
 
 def test_shared_memory(reports):
     for report in reports:
-        most = SHARED[report["target"]] if report["case"].startswith("attention") else 48
-        assert report["shared"] <= most * 1024, report
+        limits = SHARED.get(report["case"].split()[0], {})
+        assert report["shared"] <= limits.get(report["target"], 48) * 1024, report
 
 
 def test_offsets_have_64_bits(reports):
@@ -131,6 +139,7 @@ def test_accesses_are_16_bytes_wide(reports):
         "attention grad_bias",
         "softmax",
         "sigmoid",
+        "convolution",
         *(f"batch_norm {n}" for n in ("statistics", "sums", "merge", "update")),
     )
     narrow = [r for r in reports if not r["wide"] and not r["case"].startswith(elsewhere)]
@@ -139,3 +148,25 @@ def test_accesses_are_16_bytes_wide(reports):
     exempt = ("batch_norm", "attention")
     others = [r for r in on_amd if not r["case"].endswith("fp64") and not r["case"].startswith(exempt)]
     assert others == []
+
+
+def test_convolutions(reports):
+    """Every configuration on every architecture or, of those between, on AMD's and one of NVIDIA's."""
+    found = [r for r in reports if r["case"].startswith("convolution")]
+    for dtype, size in (("bf16", 2), ("fp32", 4), ("fp64", 8)):
+        for kernel in ("forward", "input_gradient", "weight_gradient", "finish"):
+            of_one = [r for r in found if {kernel, dtype} <= set(r["case"].split())]
+            assert {r["target"] for r in of_one} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+        tiles = {f"{c.rows}x{c.columns}x{c.depth}" for c in CONV_CONFIGS[size]}
+        of_forward = [r for r in found if {"forward", "prologue", dtype} <= set(r["case"].split())]
+        for target in ("gfx942", "sm"):
+            at = [r["case"].split() for r in of_forward if r["target"].startswith(target)]
+            assert tiles <= {word for words in at for word in words}
+    assert any("tf32" in r["case"].split() for r in found)
+
+
+def test_loads_of_convolutions_are_16_bytes_wide(reports):
+    """Of images with 16 channels and more; stores of sums and statistics are narrow."""
+    epilogues = ("convolution forward bias", "convolution input_gradient")
+    narrow = [r for r in reports if r["case"].startswith(epilogues) and not r["wide"]]
+    assert [r for r in narrow if r["target"] != "gfx942"] == []

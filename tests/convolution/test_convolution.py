@@ -182,9 +182,11 @@ def test_every_configuration_is_right(size, config, monkeypatch):
         return config
 
     monkeypatch.setattr(kernels, "conv_config", chosen)
-    monkeypatch.setattr(op, "conv_config", chosen)
+    monkeypatch.setattr(tuning, "conv_config", chosen)
     for dtype in (d for d in DTYPES if d.itemsize == size):
-        shape = ((2, 70, 9, 9), 131, (3, 3), (1, 1), (1, 1))
+        side = 9 if config.rows == 128 else 6  # two tiles of pixels, of channels made and of depth
+        channels, out_channels = config.depth + 6, config.columns + 3
+        shape = ((2, channels, side, side), out_channels, (3, 3), (1, 1), (1, 1))
         given = make(shape, dtype, ("bias", "relu", "statistics"), "relu")
         y, statistics = op.CONV2D_ACT.kernels.forward(*given)
         near(y, truth_of(double(given)), dtype)
@@ -253,7 +255,7 @@ def function(x, weight, bias, residual, scale, shift, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("name", ["leaky_relu", "silu"])
 def test_gradcheck_of_everything(name):
     if missing := triton_why_not("cpu"):
         pytest.skip(missing)
