@@ -302,9 +302,13 @@ def convolution_cases(dtype: str, size: int) -> Iterator[Case]:
         if kernel == "finish" or what in ("forward split", "forward flat"):
             configs = configs[-1:]
         function = getattr(convolution, f"{kernel}_kernel")
-        precisions = ["ieee", "tf32"] if dtype == "fp32" and kernel != "finish" else ["ieee"]
+        pairs = [("ieee", config) for config in configs]
+        if dtype == "fp32" and what in ("forward prologue statistics", "input_gradient prologue"):
+            pairs += [("tf32", config) for config in configs]
+        elif dtype == "fp32" and kernel == "weight_gradient":
+            pairs += [("tf32", configs[0])]
         left_out = given["left_out"].replace("prologue", "center scale shift").split()
-        for precision, config in itertools.product(precisions, configs):
+        for precision, config in pairs:
             stride = 2 if what == "input_gradient mask" else 1
             known = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3, "STRIDE_HEIGHT": stride, "STRIDE_WIDTH": stride}
             known |= {"FLAT": what == "forward flat", "SCALED": False, "PRECISION": precision, "GROUP": 8}
