@@ -39,8 +39,10 @@ def heading(results: Sequence[Result]) -> str:
 def selected(results: Sequence[Result]) -> list[Result]:
     """The few rows that the project's README shows."""
     sizes = [r for r in results if r.family == "activation" and r.numel in README_SIZES]
-    promised = [r for r in results if r.family != "activation" and r.targets]
-    return [r for r in sizes + promised if r.dtype in README_DTYPES]
+    many = ("activation", "convolution")  # sizes and layers, and so is attention as a function
+    promised = [r for r in results if r.family not in many and r.op != "attention" and r.targets]
+    models = [r for r in results if r.family == "models" and not r.targets]
+    return [r for r in sizes + promised + models if r.dtype in README_DTYPES]
 
 
 def short_table(results: Sequence[Result]) -> str:

@@ -550,7 +550,7 @@ _ATTENTION = Case(
     name="attention",
     ours=lambda x: nnfast.functional.attention(*qkv(x), is_causal=True).reshape(x.shape),
     torchs=lambda x: F.scaled_dot_product_attention(*qkv(x), is_causal=True).reshape(x.shape),
-    module=torch.nn.MultiheadAttention,
+    module=nnfast.MultiheadAttention,
     torch_module=torch.nn.MultiheadAttention,
     seed=_seed_attention,
     truth=_seed_attention,

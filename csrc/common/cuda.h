@@ -44,20 +44,6 @@ __device__ T* dynamic_shared() {
 #endif
 }
 
-// Shared memory that a block may have on the device.
-inline int64_t most_shared_bytes(int32_t device_index) {
-#if defined(NNFAST_EMULATE_CUDA)
-  static_cast<void>(device_index);
-  return 227 << 10;
-#else
-  int bytes = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
-  if (error != cudaSuccess) fail("device ", device_index, ": ", cudaGetErrorString(error));
-  return bytes;
-#endif
-}
-
 // Runs kernel(args...) on the device's current stream. Dynamic shared memory is `shared_bytes`.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,

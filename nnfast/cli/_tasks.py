@@ -48,6 +48,7 @@ class Task:
         data: reads it: the samples to train on and those held out.
         network: makes the untrained network, of a user's own modules. `nnfast.swap` is applied to a copy.
         loss: of the network's outputs and the targets, a mean over the samples.
+        learning_rate: the largest; it rises to it and falls again.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     data: Callable[[], tuple[Samples, Samples]]
     network: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
+    learning_rate: float = 0.05
 
 
 class Mish(nn.Module):
@@ -112,6 +114,99 @@ def residual_network(width: int = 16, classes: int = 10) -> nn.Module:
     )
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention as a user would write it (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, embed_size: int, heads: int) -> None:
+        """One projection of values, keys and queries each, shared by the heads."""
+        super().__init__()
+        self.embed_size = embed_size
+        self.heads = heads
+        self.head_dim = embed_size // heads
+        self.values = nn.Linear(self.head_dim, self.head_dim, bias=False)
+        self.keys = nn.Linear(self.head_dim, self.head_dim, bias=False)
+        self.queries = nn.Linear(self.head_dim, self.head_dim, bias=False)
+        self.fc_out = nn.Linear(heads * self.head_dim, embed_size)
+
+    def forward(self, values: Tensor, keys: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
+        """Values and keys (N, key_len, embed_size), query (N, query_len, embed_size) to the query's shape."""
+        n = query.shape[0]
+        value_len, key_len, query_len = values.shape[1], keys.shape[1], query.shape[1]
+        values = values.reshape(n, value_len, self.heads, self.head_dim)
+        keys = keys.reshape(n, key_len, self.heads, self.head_dim)
+        queries = query.reshape(n, query_len, self.heads, self.head_dim)
+        values = self.values(values)
+        keys = self.keys(keys)
+        queries = self.queries(queries)
+        energy = torch.einsum("nqhd,nkhd->nhqk", [queries, keys])
+        if mask is not None:
+            energy = energy.masked_fill(mask == 0, float("-1e20"))
+        attention = torch.softmax(energy / (self.embed_size ** (1 / 2)), dim=3)
+        out = torch.einsum("nhql,nlhd->nqhd", [attention, values]).reshape(
+            n, query_len, self.heads * self.head_dim
+        )
+        projected: Tensor = self.fc_out(out)
+        return projected
+
+
+class Encoder(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Of an input (N, length, width)."""
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), Swish(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, length, width) to the same."""
+        normalised = self.norm1(x)
+        x = x + self.attention(normalised, normalised, normalised, None)
+        summed: Tensor = x + self.mlp(self.norm2(x))
+        return summed
+
+
+class Patches(nn.Module):
+    """Images (N, 1, H, W) to their patches in sequence, (N, length, width), each with its position added."""
+
+    def __init__(self, side: int, width: int, length: int) -> None:
+        """Patches of side x side pixels."""
+        super().__init__()
+        self.project = nn.Conv2d(1, width, side, stride=side)
+        self.position = nn.Buffer(positions(length, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The projected patches."""
+        placed: Tensor = self.project(x).flatten(2).transpose(1, 2) + self.position
+        return placed
+
+
+class Mean(nn.Module):
+    """The mean over a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, length, width) to (N, width)."""
+        return x.mean(1)
+
+
+def positions(length: int, width: int) -> Tensor:
+    """Sines and cosines of geometric frequencies, (length, width); Vaswani et al. 2017, section 3.5."""
+    angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def attention_network(width: int = 64, heads: int = 4, classes: int = 10) -> nn.Module:
+    """For (N, 1, 28, 28): 196 patches of 2x2 pixels, an encoder, and a classifier of their mean."""
+    return nn.Sequential(
+        Patches(2, width, 14 * 14),
+        Encoder(width, heads),
+        nn.LayerNorm(width),
+        Mean(),
+        nn.Linear(width, classes),
+    )
+
+
 def read_idx(path: Path) -> Tensor:
     """The uint8 tensor in a gzipped IDX file (two zero bytes, type 8, dimensions, sizes, values)."""
     content = bytearray(gzip.decompress(path.read_bytes()))
@@ -147,6 +242,15 @@ TASKS = (
         fashion_mnist,
         residual_network,
         F.cross_entropy,
+    ),
+    Task(
+        "fashion-mnist-attention",
+        "Fashion-MNIST in patches",
+        "196 patches with sinusoidal positions, self-attention of 4 heads, Swish",
+        fashion_mnist,
+        attention_network,
+        F.cross_entropy,
+        learning_rate=0.2,
     ),
 )
 """What `nnfast demo` trains, in this order."""

@@ -19,8 +19,6 @@ from ..conv_bn_act import blocks
 from ..core.op import Explanation, describe, explain
 from ._tasks import Samples, Task
 
-LEARNING_RATE = 0.05
-
 WARM_UP = 3
 """First steps that are not timed: memory is new, and `explain` is asked."""
 
@@ -40,12 +38,12 @@ class Side:
         memory: bytes of a step, see `step_memory`.
     """
 
-    def __init__(self, label: str, model: nn.Module, steps: int) -> None:
-        """For a training of `steps` steps."""
+    def __init__(self, label: str, model: nn.Module, steps: int, learning_rate: float) -> None:
+        """For a training of `steps` steps, with the learning rate at its largest."""
         self.label, self.model = label, model
         # Not Adam: its first step is the gradient's sign, so that rounding of a tiny one shows in full.
         self.optimizer = torch.optim.SGD(
-            model.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4
+            model.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
         rise = max(1, steps // 4)  # then straight down to 0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -141,7 +139,10 @@ def train(
     from tqdm import tqdm
 
     samples, held_out = data
-    sides = Side("as written", written, epochs * steps), Side("nnfast", swapped, epochs * steps)
+    sides = (
+        Side("as written", written, epochs * steps, task.learning_rate),
+        Side("nnfast", swapped, epochs * steps, task.learning_rate),
+    )
     order = torch.Generator().manual_seed(seed)
     result: Result | None = None
     with tqdm(total=epochs * steps, unit="step", disable=None, dynamic_ncols=True) as bar:
@@ -152,7 +153,7 @@ def train(
                 batch = samples[shuffled[step * batch_size : (step + 1) * batch_size]]
                 step_seed = seed + len(sides[0].losses)
                 if result is None:
-                    result = _begin(epochs, steps, *sides, task.loss, batch, step_seed)
+                    result = _begin(task, epochs, steps, *sides, batch, step_seed)
                 else:
                     for side in sides if step % 2 else reversed(sides):
                         side.step(task.loss, batch, step_seed)
@@ -170,19 +171,19 @@ def train(
 
 
 def _begin(
-    epochs: int, steps: int, written: Side, swapped: Side, loss: Loss, batch: Samples, seed: int
+    task: Task, epochs: int, steps: int, written: Side, swapped: Side, batch: Samples, seed: int
 ) -> Result:
     """The first step of both, watched; beside them that of the network as written in float64."""
     for side in (written, swapped):
-        side.memory = step_memory(copy.deepcopy(side.model), loss, batch)
-    exact = Side("float64", copy.deepcopy(written.model).double(), epochs * steps)
-    exact.step(loss, Samples(batch.inputs.double(), batch.targets), seed)
+        side.memory = step_memory(copy.deepcopy(side.model), task.loss, batch)
+    exact = Side("float64", copy.deepcopy(written.model).double(), epochs * steps, task.learning_rate)
+    exact.step(task.loss, Samples(batch.inputs.double(), batch.targets), seed)
     before = written.weights()
     label = "peak memory" if batch.inputs.is_cuda else "kept for backward"
     result = Result(epochs, label, written, swapped, Differences(0, 0, 0, 0, 0))
-    written.step(loss, batch, seed)
+    written.step(task.loss, batch, seed)
     with _watch(swapped.model, "training step", result):
-        swapped.step(loss, batch, seed)
+        swapped.step(task.loss, batch, seed)
     w, s, e = written.weights(), swapped.weights(), exact.weights()
     result.differences = Differences(
         first_step=_difference(w, s),
@@ -256,13 +257,14 @@ def _watch(model: nn.Module, when: str, result: Result) -> Iterator[None]:
 
     def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: nn.Module, *args: Any) -> Any:
-            note(args[0], explain(type(self), *args))
+            note(args[0], explain(self if self.nnfast_op == "attention" else type(self), *args))
             return forward(self, *args)
 
         return run
 
-    # What has an `explain` tells of its units itself. Of the classes, not by hooks: these break chains up.
-    classes = {type(m) for m in model.modules() if hasattr(m, "nnfast_op") and not hasattr(m, "explain")}
+    # Chains and blocks tell of their units themselves. Of the classes, not by hooks: these break chains up.
+    operations = ("attention", "silu", "mish", "softmax_focal_loss", "sigmoid_focal_loss")
+    classes = {type(m) for m in model.modules() if getattr(m, "nnfast_op", "") in operations}
     blocks.observers.append(note)
     with ExitStack() as patches:
         patches.callback(blocks.observers.remove, note)

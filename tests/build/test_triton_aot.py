@@ -24,8 +24,8 @@ SHARED = {
     "convolution": {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64},
     "attention": {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64},
 }
-"""KB of shared memory that a block may take; 48 where none is said. Attention's on sm_80 is what smaller devices
-of its kind have too."""
+"""KB of shared memory that a block may take; 48 where none is said. Attention's on sm_80 is what smaller
+devices of its kind have too."""
 
 
 def limit(report: dict) -> int:

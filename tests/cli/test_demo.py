@@ -43,7 +43,8 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["demo", "--device", "cpu", "--epochs", "1", "--steps", "2", "--batch-size", "32"]
     assert main(arguments) == 0
-    text = capsys.readouterr().out
+    text, _, attention = capsys.readouterr().out.partition("Fashion-MNIST in patches")
+    assert re.search(r"training step +attention +float32\[32, .*\] on cpu +(cpu|aten) +1\n", attention)
     assert "8,000 images to train on and 2,000 held out" in text
     assert re.search(r"nnfast\.swap: .*10 replaced", text)
 
@@ -120,7 +121,7 @@ def test_steps_take_turns_and_are_timed(small):
     ("seconds", "median"), [([4.0], 4), ([4.0, 2.0], 3), ([9.0, 9.0, 9.0, 1.0, 2.0, 3.0], 2)]
 )
 def test_median_leaves_the_warm_up_out(seconds, median):
-    side = Side("", nn.Linear(1, 1), 10)
+    side = Side("", nn.Linear(1, 1), 10, 0.1)
     side.seconds = seconds
     assert side.quartiles()[1] == median
 
