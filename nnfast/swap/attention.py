@@ -251,7 +251,7 @@ _LOOPS = re.compile(
 def seed(module: nn.Module) -> list[Proposal]:
     """User-written classes of the children values, keys, queries and fc_out that compute SelfAttention."""
     cls = type(module)
-    if set(module._modules) != _CHILDREN or isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or set(module._modules) != _CHILDREN:
         return []
     children = [module._modules[name] for name in ("values", "keys", "queries", "fc_out")]
     if any(type(child) is not nn.Linear for child in children):

@@ -236,17 +236,23 @@ def test_infinite_and_nan_values_propagate(device, in_triton):
 
 
 def test_scores_far_apart(device, in_triton):
-    """Largest scores of 1e4, and log-sum-exps below -88, where e**-lse overflows float32."""
+    """Largest scores of 1e4, and log-sum-exps below -88, where e**-lse overflows float32.
+
+    Gradients may be off by lse's half ulp, as in `check`.
+    """
     q, k, v = heads(Shape(1, 2, 2, 33, 50, 8, 8), torch.float32, device)
     for options in ({"scale": 1e4}, {"bias": torch.full((1, 1, 33, 50), -3e4, device=device)}):
         upper = randn(1, 2, 33, 8, seed=9).to(q)
         wide = options_in(options, torch.float64)
-        expected = [truth(q, k, v, **wide)[0]]
+        out, lse = truth(q, k, v, **wide)
+        rounded = torch.finfo(torch.float32).eps / 2 * float(lse.abs().max())
+        expected = [out]
         expected += gradients(truth, q.double(), k.double(), v.double(), wide, upper)
         theirs = [torchs(q, k, v, **options), *gradients(torchs, q, k, v, options, upper)]
         found = [ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)]
-        for a, b, c in zip(found, theirs, expected, strict=True):
-            assert_as_exact(a, b, c, str(options))
+        assert_as_exact(found[0], theirs[0], expected[0], str(options))
+        for a, b, c in zip(found[1:], theirs[1:], expected[1:], strict=True):
+            assert error(a, c) <= 2 * error(b, c) + rounded, str(options)
 
 
 def test_negative_scale(device, in_triton):

@@ -16,6 +16,7 @@ from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
+from nnfast.activation.reference import ACTIVATIONS
 from nnfast.conv_bn_act import op
 from nnfast.conv_bn_act.module import normalise
 from tests.conftest import runs
@@ -755,6 +756,6 @@ def test_torchs_batch_norm_is_followed_by_our_activation(act):
     x, mean = torch.randn(2, 64, 64, 64), torch.zeros(64)
     norm = op.Norm(None, None, mean, mean + 1, False, 0.1, 1e-5)
     with torch.profiler.profile() as profile:
-        op.BATCH_NORM_ACT.aten(x, norm, None, None, op.ACTIVATIONS[act], 0.0)
+        op.BATCH_NORM_ACT.aten(x, norm, None, None, ACTIVATIONS[act], 0.0)
     called = {event.name for event in profile.events()}
     assert (f"nnfast::{act}" if nnfast.explain(act, x).backend == "cpu" else f"aten::{act}") in called

@@ -169,6 +169,8 @@ def assert_promise(ours, torchs, truth, floor=1e-6):
 @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
 def test_same_numbers(sample, backend):
     model, x, _ = sample
+    if backend == "cpu" and isinstance(model, Llama):
+        pytest.skip("its attention is swapped too, which has no C++ kernel to be forced")
     torchs, truth = run(model, x), run(model, x, torch.float64)
     nnfast.swap(model)
     with nnfast.backend(backend) if backend else contextlib.nullcontext():
