@@ -72,7 +72,7 @@ def of_attention(reports: list[dict], *words: str) -> list[dict]:
 
 def test_attention_is_compiled_for_every_target_kernel_and_kind_of_call(reports):
     for kernel in ("forward", "grad_q", "grad_kv", "grad_bias"):
-        for target in SHARED:
+        for target in SHARED["attention"]:
             found = [
                 r["case"].split() for r in of_attention(reports, kernel, "bf16") if r["target"] == target
             ]
