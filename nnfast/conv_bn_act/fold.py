@@ -25,9 +25,9 @@ from ..core.snapshot import Snapshot, Source, hooked
 _SHAPES = 4
 """Shapes of input for which reordered weights are kept."""
 
-_QUICK_WEIGHTS, _QUICK_RESULT = 1 << 16, 1 << 15
-"""Weights that oneDNN reorders at every call, and elements to which a residual is added afterwards, in the
-time by which `mkldnn::_convolution_pointwise` takes longer to call than torch.conv2d: 15 to 40 us."""
+_QUICK_INPUT, _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
+"""Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
+than torch.conv2d; weights that oneDNN reorders at every call, elements to which a residual is added, in that."""
 
 
 class Folded:
@@ -259,7 +259,7 @@ def run(
         return _run_cudnn(found, conv, padding, x, residual)
     own = conv._parameters["weight"]
     assert own is not None
-    quick = own.numel() <= _QUICK_WEIGHTS and x.dtype is torch.float32
+    quick = x.numel() <= _QUICK_INPUT and own.numel() <= _QUICK_WEIGHTS and x.dtype is torch.float32
     if quick and (residual is None or residual.numel() <= _QUICK_RESULT):
         y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
         return _activate_(y if residual is None else y.add_(residual), act, negative_slope)
