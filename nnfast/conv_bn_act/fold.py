@@ -27,7 +27,8 @@ _SHAPES = 4
 
 _QUICK_INPUT, _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
 """Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
-than torch.conv2d; weights that oneDNN reorders at every call, elements to which a residual is added, in that."""
+than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
+that time."""
 
 
 class Folded:
