@@ -121,6 +121,8 @@ def step(name: str, command: list[str], work: Path, environment: dict[str, str],
     print(f"{name}: {' '.join(command)}", flush=True)
     if name == "benchmarks":
         (output / "results.jsonl").unlink(missing_ok=True)  # half of an earlier call
+    if name == "kernels":
+        environment = {**environment, "TRITON_INTERPRET": "0"}  # compiled ones, or none
     if name in SANITIZERS:
         environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = output / f"{name}.log"
