@@ -18,7 +18,7 @@ struct GemmShape {
 
 // c (+)= a b, for a of (m, k) at any strides and c of (m, n) at row stride c_row with n rounded up to whole
 // panels (what lies beyond n is written too). b of (k, n) is packed: panel after panel of (k, panel), zeros
-// beyond n (see `pack_panel`). k is best a few hundred at most: a panel of b then stays in the first cache.
+// beyond n (see `pack`). k is best a few hundred at most: a panel of b then stays in the first cache.
 template <class T>
 struct Gemm {
   int64_t m, n, k;
@@ -27,7 +27,7 @@ struct Gemm {
   const T* b;
   T* c;
   int64_t c_row;
-  bool add;            // to what is in c
+  bool add;             // to what is in c
   int64_t b_panel = 0;  // from a panel to the next, if they do not follow each other
 
   template <int bytes>

@@ -1,0 +1,142 @@
+"""3x3 convolutions at stride 1 in float32 on the CPU, by Winograd's F(2x2, 3x3) in C++: 16 products where the
+definition takes 36 (Winograd 1980; Lavin and Gray 2015, arXiv:1509.09308).
+
+Errors are those of float32 relative to the largest of a patch of 4x4 pixels. An infinity or NaN, or what
+overflows on the way, would spread over a patch: where any result is not finite, all are the reference's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.operator import LIBRARY, define
+from . import reference
+
+KERNEL = (3, 3)
+
+LARGEST_PADDING = 2
+
+_NORM = "Tensor? center, Tensor? scale, Tensor? shift, int prologue, float prologue_slope"
+_TAIL = "int pad_height, int pad_width, int act, float slope"
+
+
+def _unknown(*args: object) -> None:
+    raise NotImplementedError("nnfast: a part of an operator that is opaque itself")
+
+
+transform = define(LIBRARY, "conv2d_act_winograd_weights(Tensor weight, bool backward) -> Tensor", _unknown)
+"""Weights (O, C, 3, 3) as the forward takes them, or, backward, as the input gradient does."""
+
+_forward = define(
+    LIBRARY,
+    f"conv2d_act_winograd(Tensor x, Tensor weights, int made, Tensor? bias, Tensor? residual, {_NORM}, {_TAIL}, "
+    "bool with_statistics) -> (Tensor, Tensor, bool)",
+    _unknown,
+)
+_input_gradient = define(
+    LIBRARY,
+    f"conv2d_act_winograd_input_gradient(Tensor grad, Tensor? y, Tensor weights, Tensor? added, Tensor? x, "
+    f"{_NORM}, int channels, int height, int width, {_TAIL}, bool scaled) -> (Tensor, Tensor, Tensor, bool)",
+    _unknown,
+)
+_weight_gradient = define(
+    LIBRARY,
+    f"conv2d_act_winograd_weight_gradient(Tensor grad, Tensor? y, Tensor x, {_NORM}, {_TAIL}, bool with_bias) "
+    "-> (Tensor, Tensor, bool)",
+    _unknown,
+)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _last_if(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _last(x)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: int,
+    prologue_slope: float,
+    stride: list[int],
+    padding: list[int],
+    act: int,
+    slope: float,
+    with_statistics: bool,
+    transformed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator; transformed: what `transform` makes of the weight, where it is kept."""
+    weights = transform(weight, False) if transformed is None else transformed
+    norm = (center, scale, shift, prologue, prologue_slope)
+    y, statistics, finite = _forward(
+        _last(x), weights, weight.shape[0], bias, _last_if(residual), *norm, *padding, act, slope,
+        with_statistics,
+    )  # fmt: skip
+    if finite:
+        return y, statistics
+    return reference.forward(x, weight, bias, residual, *norm, stride, padding, act, slope, with_statistics)
+
+
+def input_gradient(
+    grad: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    added: Tensor | None,
+    x: Tensor | None,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: int,
+    prologue_slope: float,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    act: int,
+    slope: float,
+    scaled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator."""
+    norm = (center, scale, shift, prologue, prologue_slope)
+    dx, sum_dz, sum_dz_x, finite = _input_gradient(
+        _last(grad), _last_if(y), transform(weight, True), _last_if(added), _last_if(x), *norm, *size[1:],
+        *padding, act, slope, scaled,
+    )  # fmt: skip
+    if finite:
+        return dx, sum_dz, sum_dz_x
+    return reference.input_gradient(
+        grad, y, weight, added, x, *norm, size, stride, padding, act, slope, scaled
+    )
+
+
+def weight_gradient(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    prologue: int,
+    prologue_slope: float,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    act: int,
+    slope: float,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator."""
+    norm = (center, scale, shift, prologue, prologue_slope)
+    dweight, dbias, finite = _weight_gradient(
+        _last(grad), _last_if(y), _last(x), *norm, *padding, act, slope, with_bias
+    )
+    if finite:
+        return dweight, dbias
+    return reference.weight_gradient(grad, y, x, *norm, kernel, stride, padding, act, slope, with_bias)
