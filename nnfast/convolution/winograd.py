@@ -30,8 +30,8 @@ transform = define(LIBRARY, "conv2d_act_winograd_weights(Tensor weight, bool bac
 
 _forward = define(
     LIBRARY,
-    f"conv2d_act_winograd(Tensor x, Tensor weights, int made, Tensor? bias, Tensor? residual, {_NORM}, {_TAIL}, "
-    "bool with_statistics) -> (Tensor, Tensor, bool)",
+    f"conv2d_act_winograd(Tensor x, Tensor weights, int made, Tensor? bias, Tensor? residual, {_NORM}, "
+    f"{_TAIL}, bool with_statistics) -> (Tensor, Tensor, bool)",
     _unknown,
 )
 _input_gradient = define(
@@ -42,8 +42,8 @@ _input_gradient = define(
 )
 _weight_gradient = define(
     LIBRARY,
-    f"conv2d_act_winograd_weight_gradient(Tensor grad, Tensor? y, Tensor x, {_NORM}, {_TAIL}, bool with_bias) "
-    "-> (Tensor, Tensor, bool)",
+    f"conv2d_act_winograd_weight_gradient(Tensor grad, Tensor? y, Tensor x, {_NORM}, {_TAIL}, "
+    "bool with_bias) -> (Tensor, Tensor, bool)",
     _unknown,
 )
 
