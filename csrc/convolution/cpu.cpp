@@ -613,7 +613,7 @@ struct WeightPlan {
   int64_t chunk, tiles_a_part, tile_parts, out_block, in_block, out_parts, in_parts;
 
   WeightPlan(int64_t tiles, int64_t channels, int64_t out_channels, int64_t panel) {
-    constexpr int64_t cache = 3 << 18, fewest = 48, widest = 128;
+    constexpr int64_t cache = 1 << 18, fewest = 32, widest = 128;
     const int64_t threads = torch::stable::get_num_threads();
     out_parts = ceil_div(out_channels, widest);
     out_block = ceil_div(out_channels, out_parts);
