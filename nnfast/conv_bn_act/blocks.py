@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..activation.module import Mish, SiLU
-from ..convolution.op import CONV2D_ACT
+from ..convolution.op import CONV2D_ACT, plain_convolution, plain_gradients
+from ..convolution.op import Kernels as Convolutions
 from ..core import tuning
 from ..core.op import Backend, Explanation, Op, describe, forced
 from ..core.operator import transformed
@@ -523,7 +524,7 @@ def run(
 
 def _infer(unit: Unit, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
     """One unit without its unknown activation by our own convolution, in inference, if that is the choice."""
-    if unit.bn.training or not _ours_possible(x):
+    if unit.bn.training or not (_ours_possible(x) or _winograd_possible(unit.conv, x)):
         return None
     act, slope = _known(unit) or ("identity", 0.01)
     return links.infer(unit.conv, unit.bn, x, residual, activation_code(act), slope)
@@ -533,6 +534,28 @@ def _ours_possible(x: Tensor) -> bool:
     """Our own convolutions may be the choice: looked at before all that costs more."""
     name = forced()
     return name == "triton" or (name is None and x.is_cuda and x.numel() >= CONV2D_ACT.least)
+
+
+def _winograd_possible(conv: Any, x: Tensor) -> bool:
+    """The same of our convolution on the CPU, which serves one convolution alone too."""
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and forced() in (None, "cpu")
+        and x.dim() == 4
+        and fold.plain_conv(conv)
+        and (conv.kernel_size, conv.stride, conv.groups, conv.in_channels) == ((3, 3), (1, 1), 1, x.shape[1])
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _winograd(conv: nn.Conv2d, x: Tensor) -> Convolutions | None:
+    """Its operators, if they are the choice for x."""
+    if not _winograd_possible(conv, x) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    return CONV2D_ACT.ours(
+        x, conv.weight, conv.bias, None, None, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
 
 
 def _unfolded(
@@ -577,10 +600,13 @@ def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
     if grad and via is not None:
         weight = _contiguous_gradient(weight)
     weight_first = grad and bias is None and _weight_first_serves(conv, x)
+    kernels = _winograd(conv, x)
     with _saving_less(x, via) if grad else nullcontext():
         if weight_first:
-            y: Tensor = _weight_first(x, weight, conv, x.grad_fn)
+            y: Tensor = _weight_first(x, weight, conv, x.grad_fn, kernels)
             return y, offset
+        if kernels is not None:
+            return plain_convolution(kernels, x, weight, bias, conv.stride, conv.padding), offset
         return conv._conv_forward(x, weight, bias), offset
 
 
@@ -621,13 +647,20 @@ def _others_save() -> bool:
 
 
 class _WeightFirst(torch.autograd.Function):
-    """conv(x), where x is computed again in backward: it is gone before its gradient comes."""
+    """conv(x), where x is computed again in backward: it is gone before its gradient comes.
+
+    kernels: our operators, or None for torch's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d, made_by: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d, made_by: Any, kernels: Convolutions | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
-        ctx.made_by = made_by
+        ctx.made_by, ctx.kernels = made_by, kernels
+        if kernels is not None:
+            return plain_convolution(kernels, x, weight, None, conv.stride, conv.padding)
         y: Tensor = conv._conv_forward(x, weight, None)
         return y
 
@@ -635,16 +668,33 @@ class _WeightFirst(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
-        back = torch.ops.aten.convolution_backward
+        back: Any = torch.ops.aten.convolution_backward
         if torch.is_grad_enabled():
             dx, dw, _ = back(grad, x, weight, None, *ctx.options, [need_x, need_weight, False])
-            return dx, dw, None, None
+            return dx, dw, None, None, None
+        if ctx.kernels is not None:
+            back = partial(_back, ctx.kernels)
         dw = back(grad, x, weight, None, *ctx.options, [False, True, False])[1] if need_weight else None
         del x
         if not need_x:
-            return None, dw, None, None
+            return None, dw, None, None, None
         like = ctx.made_by.saved_tensors[0]  # of x's shape and layout; its values are not read
-        return back(grad, like, weight, None, *ctx.options, [True, False, False])[0], dw, None, None
+        dx = back(grad, like, weight, None, *ctx.options, [True, False, False])[0]
+        return dx, dw, None, None, None
+
+
+def _back(
+    kernels: Convolutions,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    _: None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *options: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """aten's convolution_backward, of x or of the weight, by our operators."""
+    return plain_gradients(kernels, grad, x, weight, stride, padding, options[-1][:2])
 
 
 _weight_first: Callable[..., Tensor] = _WeightFirst.apply

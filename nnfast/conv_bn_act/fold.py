@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activation.module import mish, silu
+from ..convolution import winograd
 from ..core.operator import plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
 
@@ -37,7 +38,7 @@ class Folded:
     Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
-    __slots__ = ("bias", "eps", "reordered", "snapshot", "weight")
+    __slots__ = ("bias", "eps", "reordered", "snapshot", "transformed", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
         sources = _sources(conv, bn)
@@ -51,6 +52,7 @@ class Folded:
             self.bias = (shift * scale if beta is None else shift * scale + beta).float()
             self.weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)  # type: ignore[union-attr,operator]
         self.reordered: dict[tuple[int, ...], Tensor] = {}
+        self.transformed: Tensor | None = None
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
@@ -68,6 +70,13 @@ class Folded:
                 self.reordered = {}
             self.reordered[shape] = found
         return found
+
+    def transform(self) -> Tensor:
+        """The weight as Winograd's convolution takes it, the first time it is asked for."""
+        if self.transformed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.transformed = winograd.transform(self.weight, False)
+        return self.transformed
 
 
 _FOLDED: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, Folded]] = WeakKeyDictionary()

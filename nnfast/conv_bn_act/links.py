@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..activation.reference import IDENTITY
 from ..activation.reference import act as activated
+from ..convolution import winograd
 from ..convolution.op import CONV2D_ACT, Prologue, with_statistics
 from ..convolution.op import Kernels as Convolutions
 from ..convolution.op import run as convolve_and_act
@@ -142,7 +143,15 @@ def infer(
         conv.stride, conv.padding, conv.dilation, conv.groups, act, slope,
     )  # fmt: skip
     kernels = CONV2D_ACT.ours(*arguments)
-    return None if kernels is None else convolve_and_act(kernels, *arguments)
+    if kernels is None:
+        return None
+    if kernels is not CONV2D_ACT.on_cpu:
+        return convolve_and_act(kernels, *arguments)
+    none = (None, None, None, IDENTITY, 0.0)
+    tail = (list(conv.stride), list(conv.padding), act, slope, False)
+    return winograd.forward(
+        x, found.weight, found.bias, residual, *none, *tail, transformed=found.transform()
+    )[0]
 
 
 class _NormConv(torch.autograd.Function):

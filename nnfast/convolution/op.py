@@ -282,6 +282,38 @@ def with_statistics(
     return y, statistics
 
 
+def plain_convolution(
+    kernels: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Any,
+) -> Tensor:
+    """conv2d(x, weight, bias), differentiable where anything asks for a gradient."""
+    return run(kernels, x, weight, bias, None, None, stride, padding)
+
+
+def plain_gradients(
+    kernels: Kernels,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Its gradients of x and weight, as far as they are needed."""
+    none = (None, None, None, IDENTITY, 0.0)
+    tail = (list(stride), list(padding), IDENTITY, 0.0)
+    dx = dweight = None
+    if needs[0]:
+        dx = kernels.input_gradient(grad, None, weight, None, None, *none, list(x.shape), *tail, True)[0]
+    if needs[1]:
+        dweight = kernels.weight_gradient(grad, None, x, *none, list(weight.shape[2:]), *tail, False)[0]
+    return dx, dweight
+
+
 def _told_from_result(act: int, slope: float) -> bool:
     """act's derivative can be told from its result."""
     return act in (IDENTITY, RELU) or (act == LEAKY_RELU and slope >= 0)
@@ -395,6 +427,8 @@ def _why_not(
     pixels = x.shape[0] * max(x.shape[2] * x.shape[3], size[2] * size[3])
     if not x.numel() or not weight.numel():
         reasons.append("x or weight is empty")
+    elif min(size) < 1:
+        reasons.append("x is smaller than the kernel")
     elif pixels >= 1 << 31:
         reasons.append(f"{pixels} pixels; our kernels count to {(1 << 31) - 1}")
     if transformed():
