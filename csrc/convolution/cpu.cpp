@@ -79,6 +79,24 @@ NNFAST_INLINE void for_each_vector(int64_t begin, int64_t end, int64_t padded, c
   for (; c < padded; c += lanes) body(c, Span<bytes, false>{std::max<int64_t>(end - c, 0)});
 }
 
+// Memory of a thread that is kept from call to call, unless it is much: to touch fresh pages for the first
+// time cost half as much as all that was computed in them.
+class Workspace {
+ public:
+  float* get(int64_t n) {
+    if (n > size_ || size_ > most) {
+      memory_.emplace(n);
+      size_ = n;
+    }
+    return memory_->get();
+  }
+
+ private:
+  static constexpr int64_t most = 2 << 20;
+  int64_t size_ = 0;
+  std::optional<Scratch<float>> memory_;
+};
+
 // An image batch in memory: (images, height, width, channels).
 struct Images {
   int64_t images, height, width, channels;
@@ -414,7 +432,8 @@ struct Convolve {
     const int64_t part = round_up(ceil_div(size.channels, plan.parts), panel);
     const Place patches = Place::rows(plan.chunk, round_up(channels, lanes_of<bytes>));
     const Place products = Place::rows(plan.chunk, part);
-    const Scratch<float> left(patches.numel()), right(products.numel());
+    static thread_local Workspace of_patches, of_products;
+    float *const left = of_patches.get(patches.numel()), *const right = of_products.get(products.numel());
     int64_t transformed = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t chunk = item / plan.parts, from = item % plan.parts * part;
@@ -422,16 +441,15 @@ struct Convolve {
       const int64_t to = std::min(from + part, size.channels);
       if (from >= to) continue;
       if (chunk != transformed)
-        within<bytes>(Patches<kind>{input, grid, first, last, left.get(), patches}, 0, channels);
+        within<bytes>(Patches<kind>{input, grid, first, last, left, patches}, 0, channels);
       transformed = chunk;
       for (int point = 0; point < points; ++point)
         for (int64_t k = 0; k < channels; k += depth)
-          within<bytes>(Gemm<float>{
-              last - first, to - from, std::min(depth, channels - k), left.get() + point * patches.point + k,
-              patches.tile, 1, weights + (point * width + from) * channels + k * panel,
-              right.get() + point * products.point, products.tile, k > 0, channels * panel});
-      within<bytes>(Results<Body>{body, grid, size, chunk, first, last, right.get(), products, finite}, from,
-                    to);
+          within<bytes>(Gemm<float>{last - first, to - from, std::min(depth, channels - k),
+                                    left + point * patches.point + k, patches.tile, 1,
+                                    weights + (point * width + from) * channels + k * panel,
+                                    right + point * products.point, products.tile, k > 0, channels * panel});
+      within<bytes>(Results<Body>{body, grid, size, chunk, first, last, right, products, finite}, from, to);
     }
   }
 };
@@ -644,7 +662,8 @@ struct Correlate {
     const int64_t made = grad.size.channels, channels = input.size.channels;
     const Place left = Place::rows(plan.chunk, round_up(plan.out_block, lanes_of<bytes>));
     const Place right = Place::panels(plan.chunk, plan.in_block, panel);
-    const Scratch<float> gradients(left.numel()), patches(right.numel());
+    static thread_local Workspace of_gradients, of_patches;
+    float *const gradients = of_gradients.get(left.numel()), *const patches = of_patches.get(right.numel());
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item / (plan.out_parts * plan.in_parts);
       const int64_t o = item / plan.in_parts % plan.out_parts * plan.out_block;
@@ -656,12 +675,11 @@ struct Correlate {
       for (int64_t first = start; first < stop; first += plan.chunk) {
         const int64_t last = std::min(first + plan.chunk, stop);
         float* const of_bias = bias && c == 0 ? bias + part * made + o : nullptr;
-        within<bytes>(Gradients<grad_kind>{grad, grid, first, last, gradients.get(), left, of_bias}, o,
-                      o_end);
-        within<bytes>(Patches<input_kind>{input, grid, first, last, patches.get(), right, c}, c, c_end);
+        within<bytes>(Gradients<grad_kind>{grad, grid, first, last, gradients, left, of_bias}, o, o_end);
+        within<bytes>(Patches<input_kind>{input, grid, first, last, patches, right, c}, c, c_end);
         for (int64_t point = 0; point < points; ++point)
-          within<bytes>(Gemm<float>{o_end - o, c_end - c, last - first, gradients.get() + point * left.point,
-                                    1, left.tile, patches.get() + point * right.point,
+          within<bytes>(Gemm<float>{o_end - o, c_end - c, last - first, gradients + point * left.point, 1,
+                                    left.tile, patches + point * right.point,
                                     sums + ((part * points + point) * made + o) * width + c, width,
                                     first > start, right.panel_step});
       }
@@ -933,11 +951,12 @@ std::tuple<Tensor, Tensor, bool> weight_gradient(const Tensor& grad, const Optio
   const int64_t panel = panel_width(), made = size.channels, channels = from.channels;
   const int64_t wide = round_up(channels, panel);
   const WeightPlan plan(grid.tiles(), channels, made, panel);
-  const Scratch<float> sums(plan.tile_parts * points * made * wide);
+  static thread_local Workspace of_sums;
+  float* const sums = of_sums.get(plan.tile_parts * points * made * wide);
   std::vector<float> bias(with_bias ? plan.tile_parts * made : 0);
   const auto start = [&]<Kind grad_kind, Kind input_kind>() {
     parallel(plan.items(), 1,
-             Correlate<grad_kind, input_kind>{upstream, input, grid, plan, sums.get(),
+             Correlate<grad_kind, input_kind>{upstream, input, grid, plan, sums,
                                               with_bias ? bias.data() : nullptr, wide});
   };
   const bool plain = upstream.kind() == Kind::plain;
@@ -950,7 +969,7 @@ std::tuple<Tensor, Tensor, bool> weight_gradient(const Tensor& grad, const Optio
   Tensor dweight = empty_images(x, {made, 3, 3, channels});
   std::atomic<bool> finite = true;
   parallel(made, 1,
-           FinishWeights{sums.get(), plan.tile_parts, made, channels, wide, mutable_data(dweight), finite});
+           FinishWeights{sums, plan.tile_parts, made, channels, wide, mutable_data(dweight), finite});
   Tensor dbias = empty(x, {with_bias ? made : 0});
   if (with_bias) add_parts(bias.data(), plan.tile_parts, made, mutable_data(dbias));
   return {dweight, dbias, finite};
