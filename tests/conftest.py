@@ -103,10 +103,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for device in DEVICES
             for run in runs(case, device)
         ]
-        metafunc.parametrize(("case", "run"), rows)
     elif "case" in names:
         metafunc.parametrize("case", table, ids=lambda case: case.label)
-    if "dtype" in names:
+    if "run" in names and "dtype" in names:
+        rows = [
+            pytest.param(*row.values, dtype, id=f"{row.id}-{str(dtype).removeprefix('torch.')}")
+            for row in rows
+            for dtype in DTYPES
+            if row.values[0].takes(row.values[1].backend, dtype)
+        ]
+        metafunc.parametrize(("case", "run", "dtype"), rows)
+    elif "run" in names:
+        metafunc.parametrize(("case", "run"), rows)
+    elif "dtype" in names:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
     if "device" in names:
         metafunc.parametrize("device", DEVICES)

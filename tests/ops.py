@@ -94,6 +94,8 @@ class Case:
     """Which way of calling the operation, where there are several rows of it."""
     shaped: Callable[[Tensor], Tensor] = lambda x: x
     """A vector in a shape that the operation takes, less some elements at its end."""
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    """What a backend takes, where that is not every type."""
     traits: frozenset[str] = frozenset()
     """What holds of it, of `TRAITS`; a test of a trait runs for the rows that have it."""
 
@@ -101,6 +103,10 @@ class Case:
     def label(self) -> str:
         """Name and variant."""
         return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    def takes(self, backend: str, dtype: torch.dtype) -> bool:
+        """Whether a backend takes a type."""
+        return dtype in self.dtypes.get(backend, DTYPES)
 
     def bytes_moved(self, direction: str, x: Tensor) -> int:
         """Bytes that any implementation must move through memory for x: inputs once, outputs once."""
@@ -493,6 +499,7 @@ def _convolution(variant: str, act: str, stride: int, kernel: int, residual: boo
     return Case(
         name="conv2d_act",
         variant=variant,
+        dtypes={"cpu": (torch.float32,)},
         ours=ours,
         torchs=torchs,
         module=nnfast.Conv2dAct,

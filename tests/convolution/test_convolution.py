@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import nnfast
 from nnfast.activation.reference import ACTIVATIONS, act
 from nnfast.conv_bn_act.op import merge_statistics
-from nnfast.convolution import op, reference
-from nnfast.core import tuning
+from nnfast.convolution import op, reference, winograd
+from nnfast.core import extension, tuning
 from nnfast.core.op import triton_why_not
 
 LAST = torch.channels_last
@@ -28,6 +28,8 @@ SHAPES = {  # (N, C, H, W), O, kernel, stride, padding
     "1x1 stride": ((2, 18, 6, 5), 9, (1, 1), (2, 2), (0, 0)),
     "5x5": ((1, 3, 9, 9), 8, (5, 5), (1, 1), (2, 2)),
     "uneven": ((2, 17, 8, 9), 5, (3, 1), (2, 1), (0, 2)),
+    "3x3 odd": ((3, 65, 2, 3), 35, (3, 3), (1, 1), (1, 1)),
+    "3x3 wide": ((2, 33, 5, 4), 67, (3, 3), (1, 1), (0, 2)),
     "one pixel": ((1, 33, 1, 1), 3, (3, 3), (1, 1), (1, 1)),
     "wide padding": ((1, 10, 3, 4), 4, (3, 3), (1, 1), (3, 2)),
 }
@@ -43,14 +45,23 @@ EPILOGUES = {
 PROLOGUES = ("", "identity", "relu", "leaky_relu", "silu", "mish")
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["triton", "cpu", "reference"])
 def kernels(request):
     """The three operators of a backend."""
     if request.param == "triton":
         if missing := triton_why_not("cpu"):
             pytest.skip(missing)
         return op.CONV2D_ACT.kernels
+    if request.param == "cpu":
+        if missing := extension.why_not(winograd.NAME, "CPU"):
+            pytest.skip(missing)
+        return op.CONV2D_ACT.on_cpu
     return reference
+
+
+def served(kernels, shape, dtype):
+    """Whether a backend has the convolution."""
+    return kernels is not op.CONV2D_ACT.on_cpu or not winograd.why_not(dtype, *shape[2:])
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +115,10 @@ def near(found, truth, dtype, roundings=8):
 def test_every_prologue_and_epilogue(kernels, prologue, epilogue):
     turn = PROLOGUES.index(prologue) + list(EPILOGUES).index(epilogue)
     for i, dtype in enumerate(DTYPES):
-        shape = list(SHAPES.values())[(turn * 4 + i) % len(SHAPES)]
+        shapes = [shape for shape in SHAPES.values() if served(kernels, shape, dtype)]
+        if not shapes:
+            continue
+        shape = shapes[(turn * 4 + i) % len(shapes)]
         given = make(shape, dtype, EPILOGUES[epilogue], prologue, center=turn % 2 == 0)
         y, statistics = kernels.forward(*given)
         truth = truth_of(double(given))
@@ -122,7 +136,7 @@ def test_every_prologue_and_epilogue(kernels, prologue, epilogue):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(kernels, shape):
-    for dtype in DTYPES:
+    for dtype in (d for d in DTYPES if served(kernels, SHAPES[shape], d)):
         given = make(SHAPES[shape], dtype, ("bias", "relu"))
         near(kernels.forward(*given)[0], truth_of(double(given)), dtype)
 
@@ -131,6 +145,8 @@ def test_every_shape(kernels, shape):
 @pytest.mark.parametrize("prologue", ["", "relu", "mish"])
 def test_gradients(kernels, shape, prologue):
     for dtype, code in zip(DTYPES, itertools.cycle([("relu",), ("leaky_relu",), ()])):
+        if not served(kernels, SHAPES[shape], dtype):
+            continue
         given = make(SHAPES[shape], dtype, ("bias", *code), prologue)
         x, weight, _, _, *norm = given[:7]
         y = kernels.forward(*given)[0]
