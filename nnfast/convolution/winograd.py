@@ -71,18 +71,20 @@ def not_worth(x: Tensor, weight: Tensor) -> list[str]:
     """Why torch's own convolution is the better choice."""
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return ["not measured to be faster without AVX2 or AVX-512"]
-    channels, tiles = min(weight.shape[:2]), x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+    made, channels = weight.shape[:2]
+    tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     least = tuning.WINOGRAD
-    reasons = []
-    if channels < least.channels:
-        reasons.append(f"{channels} channels; measured to pay from {least.channels} on")
-    if tiles < least.tiles:
-        reasons.append(f"{tiles} tiles of 2x2 pixels; measured to pay from {least.tiles} on")
-    elif weight.numel() > 9 * least.weights * tiles:
-        reasons.append(
-            f"{weight.numel() // 9} kernels for {tiles} tiles; measured to pay up to {least.weights} for each"
-        )
-    return reasons
+    found = {
+        "channels": (min(made, channels), least.channels),
+        "pairs of channels": (made * channels, least.pairs),
+        "tiles of 2x2 pixels": (tiles, least.tiles),
+        "pairs of channels times tiles": (made * channels * tiles, least.products),
+    }
+    return [
+        f"{count} {what}; measured to pay from {needed} on"
+        for what, (count, needed) in found.items()
+        if count < needed
+    ]
 
 
 def _check(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:

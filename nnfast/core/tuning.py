@@ -213,20 +213,22 @@ def conv_splits(tiles: int, steps: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class WinogradThreshold:
-    """From where on Winograd's convolution beats oneDNN's on the CPU.
+    """From where on Winograd's convolution beats oneDNN's on the CPU, with its weights' transform.
 
     Attributes:
         channels: fewest of the input and of the result.
+        pairs: fewest pairs of them.
         tiles: fewest tiles of 2x2 results.
-        weights: most pairs of channels for each tile: their transform must pay.
+        products: fewest pairs times tiles.
     """
 
     channels: int
+    pairs: int
     tiles: int
-    weights: int
+    products: int
 
 
-WINOGRAD = WinogradThreshold(channels=32, tiles=256, weights=512)
+WINOGRAD = WinogradThreshold(channels=32, pairs=64 * 64, tiles=192, products=64 * 64 * 384)
 
 
 def linear_chunk(rows: int, classes: int) -> int:

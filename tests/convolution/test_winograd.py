@@ -126,6 +126,7 @@ def test_who_serves():
     assert small.backend == "aten"
     assert "tiles of 2x2 pixels" in small.reasons["cpu"][0]
     few = nnfast.explain("conv2d_act", image(8, 3, 28, 28), torch.randn(64, 3, 3, 3), None, 1, 1)
+    assert few.backend == "aten"
     assert f"3 channels; measured to pay from {tuning.WINOGRAD.channels} on" in few.reasons["cpu"]
 
 
@@ -155,8 +156,8 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
 def test_blocks_train_and_infer_by_it(layout, calls):
     torch.manual_seed(0)
-    block = nnfast.ResidualBlock(32, 32).to(memory_format=layout)
-    x = torch.randn(4, 32, 28, 28).contiguous(memory_format=layout).requires_grad_()
+    block = nnfast.ResidualBlock(64, 64).to(memory_format=layout)
+    x = torch.randn(2, 64, 28, 28).contiguous(memory_format=layout).requires_grad_()
     leaves = [x, *block.parameters()]
     results = []
     for backend in (None, "aten"):
@@ -187,8 +188,8 @@ def test_blocks_train_and_infer_by_it(layout, calls):
 
 def test_backward_twice_through_a_block():
     torch.manual_seed(0)
-    block = nnfast.ResidualBlock(32, 32).to(memory_format=LAST)
-    x = image(4, 32, 28, 28).requires_grad_()
+    block = nnfast.ResidualBlock(64, 64).to(memory_format=LAST)
+    x = image(2, 64, 28, 28).requires_grad_()
     found = []
     for backend in ("cpu", "aten"):
         with nnfast.backend(backend):
@@ -201,9 +202,9 @@ def test_backward_twice_through_a_block():
 
 def test_a_chain_of_plain_modules():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
-    ours = nnfast.ConvBNAct(32, 48, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(48, 96, 3, padding=1, bias=False), nn.BatchNorm2d(96), nn.ReLU())
+    ours = nnfast.ConvBNAct(48, 96, 3, padding=1)
     ours.conv, ours.bn = model[0], model[1]
-    x = image(4, 32, 28, 28)
+    x = image(4, 48, 28, 28)
     for _ in range(2):
         assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
