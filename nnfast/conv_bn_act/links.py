@@ -77,10 +77,13 @@ def train(
     residual: Tensor | None,
     projection: Link | None,
 ) -> Tensor:
-    """The links one after another; the last adds the residual or the projection of x."""
+    """The links one after another; the last adds the residual or the projection of x.
+
+    In backward the gradient that x has from there is added in the first convolution's.
+    """
     first, last = links[0].conv, links[-1]
     norms = BATCH_NORM_ACT.in_triton
-    u, parts = _convolved(kernels, first, x)
+    u, parts, again = _convolved(kernels, first, x)
     for link, following in itertools.pairwise(links):
         norm = norm_of(link.bn, u, link.conv.bias)
         check(u, norm, None, None)
@@ -94,9 +97,11 @@ def train(
     of_last: tuple[Tensor, ...] = merge_statistics(parts)
     if projection is not None:
         conv = projection.conv
-        residual, parts = _convolved(kernels, conv, x)
+        residual, parts, _ = _convolved(kernels, conv, again)
         residual_norm = norm_of(projection.bn, residual, conv.bias)
         of_last += merge_statistics(parts)
+    elif residual is x:
+        residual = again
     elif residual is not None:
         residual = residual.to(u.dtype) if torch.is_autocast_enabled(u.device.type) else residual
     check(u, norm, residual, residual_norm)
@@ -106,7 +111,7 @@ def train(
     return run(norms, u, norm, residual, residual_norm, last.act, last.slope, of_last)
 
 
-def _convolved(kernels: Convolutions, conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def _convolved(kernels: Convolutions, conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padding: Any = conv.padding
     return with_statistics(kernels, cast(x), cast(conv.weight), conv.stride, padding)
 
