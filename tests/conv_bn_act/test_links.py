@@ -246,3 +246,41 @@ def test_not_forced_torchs_convolution_serves(calls):
     with nnfast.backend("triton"):
         ours(image(size=5))  # contiguous
     assert not calls
+
+
+def of_ours(block, x):
+    """What `explain` says of our own convolutions, and whether these train the chain or infer a unit."""
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("train", "infer"):
+            original = getattr(links, name)
+            patch.setattr(links, name, lambda *a, f=original: ran.append(f(*a)) or ran[-1])
+        block(x)
+    return nnfast.explain(block, x).reasons["conv2d_act"], [y is not None for y in ran]
+
+
+def test_explain_tells_of_our_convolutions():
+    """Never silent: it says whose the convolutions are, and why, as they then are."""
+    block, x = nnfast.BasicBlock(8, 8), image(CHANNELS_LAST, size=6)
+    assert of_ours(block, x) == (["conv1, conv2: triton: interpreted: for tests, not for speed"], [])
+    with nnfast.backend("triton"):
+        assert of_ours(block, x) == ([], [True])
+        assert "conv2d_act serves" in str(nnfast.explain(block, x))
+        reasons, ran = of_ours(block, x.contiguous())
+        assert (reasons, ran) == (["conv1, conv2: triton: x is not laid out in torch.channels_last"], [])
+        block.conv2.padding_mode = "circular"
+        all_or_none = "conv1: in training ours serves all convolutions of a chain, or none"
+        padding = "conv2: padding is (1, 1), by circular; our kernels take numbers, of zeros"
+        assert of_ours(block, x) == ([all_or_none, padding], [])
+        assert of_ours(block.eval().requires_grad_(False), x) == ([padding], [True, False])
+        block.conv2.padding_mode = "zeros"
+        found = nnfast.explain(block, x)
+        assert (found.backend, found.reasons["triton"], found.reasons["conv2d_act"]) == ("triton", [], [])
+        assert of_ours(block, x) == ([], [True, True])
+        block.train().bn1.register_forward_hook(lambda *_: None)
+        reasons, ran = of_ours(block, x)
+        assert (reasons[0], ran) == ("conv1: bn has hooks, which a fused call would skip", [])
+        block = nnfast.BasicBlock(8, 8)
+        block.relu = nn.Hardswish()
+        words = "conv1, conv2: the activation is another module, in training called as it is"
+        assert of_ours(block, x) == ([words], [])
