@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -908,29 +909,55 @@ def _stand_in(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
 def explain_units(
     units: Sequence[Unit], x: Tensor, residual: Tensor | None, shortcut: nn.Module | None = None
 ) -> Explanation:
-    """Who serves each unit of a chain; `conv2: ` before a reason says whose it is."""
+    """Who serves each unit of a chain; `conv2: ` before a reason says whose it is.
+
+    Beside the backends stands `conv2d_act`: why the convolutions are not ours, with statistics and batch norm
+    in them, but torch's.
+    """
     found: dict[str, Explanation] = {}
+    ours: dict[str, tuple[str, list[str]]] = {}
     parts = None if shortcut is None else _parts(shortcut)
+    chained = all(links.of_batch(unit.bn) for unit in (*units, *(parts or ())))
+
+    def ask(name: str, unit: Unit, x: Tensor, residual: Tensor | None, of_chain: Tensor) -> None:
+        known = ("identity", 0.01) if name == "shortcut" else _known(unit)
+        act, slope = known or ("identity", 0.01)
+        found[name] = CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope)
+        ours[name] = links.explain(unit.conv, unit.bn, of_chain if chained else x, residual)
+        if chained and known is None:
+            ours[name] = "", [*ours[name][1], "the activation is another module, in training called as it is"]
+
     y = x
     for i, unit in enumerate(units):
         last = i == len(units) - 1
         if last and parts:
-            found["shortcut"] = CONV_BN_ACT.explain(parts[0].conv, parts[0].bn, x)
+            ask("shortcut", parts[0], x, None, x)
             residual = _stand_in(parts[0].conv, parts[0].bn, x)
         elif last and parts is None and shortcut is not None:
             residual = _stand_in(unit.conv, unit.bn, y).contiguous()
-        act, slope = _known(unit) or ("identity", 0.01)
-        found[f"conv{i + 1}"] = CONV_BN_ACT.explain(
-            unit.conv, unit.bn, y, residual if last else None, act, slope
-        )
+        ask(f"conv{i + 1}", unit, y, residual if last else None, x)
         y = _stand_in(unit.conv, unit.bn, y)
+    all_or_none = chained and any(reasons for _, reasons in ours.values())
+    for name, (backend, reasons) in ours.items():
+        if all_or_none and not reasons:
+            reasons.append("in training ours serves all convolutions of a chain, or none")
+        found[name] = _with_ours(found[name], backend, reasons)
     if len(found) == 1:
         return found["conv1"]
-    reasons = {
-        b.name: _merged({n: one.reasons[b.name] for n, one in found.items()}) for b in CONV_BN_ACT.backends
-    }
+    merged = {key: _merged({n: e.reasons[key] for n, e in found.items()}) for key in found["conv1"].reasons}
     chosen = next((one.backend for one in found.values() if one.backend != "folded"), "folded")
-    return Explanation(NAME, chosen, reasons, found["conv1"].forced, describe((x,), {}))
+    return Explanation(NAME, chosen, merged, found["conv1"].forced, describe((x,), {}))
+
+
+def _with_ours(found: Explanation, backend: str, reasons: list[str]) -> Explanation:
+    """With a line for a convolution of our own: that it serves, before all others, or why it does not."""
+    if reasons:
+        return replace(found, reasons=found.reasons | {CONV2D_ACT.name: reasons})
+    others = {
+        name: [] if name == backend else why or ["our own convolution comes first"]
+        for name, why in found.reasons.items()
+    }
+    return replace(found, backend=backend, reasons=others | {CONV2D_ACT.name: []})
 
 
 def _merged(reasons: dict[str, list[str]]) -> list[str]:

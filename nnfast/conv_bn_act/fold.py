@@ -124,6 +124,11 @@ def plain_norm(bn: nn.Module) -> bool:
     return not _unplain("bn", bn, _NORMS)
 
 
+def unplain(conv: nn.Module, bn: nn.Module) -> list[str]:
+    """Why calling a convolution or a batch norm does something else, or more."""
+    return [r for r in (_unplain("conv", conv, _CONVS), _unplain("bn", bn, _NORMS)) if r]
+
+
 def _unplain(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:
     if type(module) not in kinds:
         return f"{name} is a {type(module).__name__}; it needs to be {' or '.join(k.__name__ for k in kinds)}"
@@ -151,8 +156,7 @@ def why_not(
 
 def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> list[str]:
     """Every reason why the batch norm cannot be folded into the convolution for this call."""
-    reasons = [r for r in (_unplain("conv", conv, _CONVS), _unplain("bn", bn, _NORMS)) if r]
-    if reasons:
+    if reasons := unplain(conv, bn):
         return reasons
     assert isinstance(conv, nn.Conv2d)
     sources = _sources(conv, bn)

@@ -205,6 +205,19 @@ def weight_gradient_config(channels: int, element_size: int) -> ConvConfig:
     return CONV_WEIGHT_CONFIGS[element_size][0]
 
 
+def conv_box(pixels: int, images: int, height: int, width: int) -> tuple[tuple[int, int], int]:
+    """Height and width of boxes of as many pixels, over some images, and how many cover all: the fewest.
+
+    Of equal ones the most compact, whose taps overlap most.
+    """
+    found = []
+    for high, wide in ((8, 8), (4, 4), (2, 2), (1, 1), (1, pixels)):
+        if high * wide <= pixels:
+            along = -(-images * high * wide // pixels)
+            found.append(((high, wide), along * -(-height // high) * -(-width // wide)))
+    return min(found, key=lambda one: one[1])
+
+
 def conv_splits(tiles: int, steps: int) -> tuple[int, int]:
     """Into how many parts the steps of a sum are split, and steps of a part: 4 at least."""
     splits = max(min(2 * CONV_PROGRAMS // tiles, steps // 4), 1) if tiles < CONV_PROGRAMS else 1
