@@ -24,9 +24,8 @@ struct BadTarget {
   template <class T>
   void raise(const SoftmaxRows<T>& rows) const {
     const int64_t bad = row;
-    check(!found(), "softmax_focal_loss: target has class ",
-          rows.target[std::min(bad, rows.rows - 1)], " at index ", bad, "; x has ", rows.classes,
-          " classes (ignore_index=", rows.ignore_index, ")");
+    check(!found(), "softmax_focal_loss: target has class ", rows.target[std::min(bad, rows.rows - 1)],
+          " at index ", bad, "; x has ", rows.classes, " classes (ignore_index=", rows.ignore_index, ")");
   }
 };
 
@@ -64,6 +63,34 @@ NNFAST_INLINE Bits iota() {
   for (size_t lane = 0; lane < sizeof(Bits) / sizeof(typename Lanes<Bits>::Element); ++lane)
     result[lane] = lane;
   return result;
+}
+
+// The targets of a vector of rows, all ones where they are to be ignored.
+template <int bytes, class T>
+NNFAST_INLINE auto classes_of(const SoftmaxRows<T>& rows, int64_t row, BadTarget& bad) {
+  using Long = typename VectorOf<int64_t, bytes>::type;
+  using Unsigned = typename VectorOf<uint64_t, bytes>::type;
+  using Compute = typename Scalar<T>::Compute;
+  using Bits = typename VectorOf<typename Lanes<Compute>::Bits, bytes>::type;
+  constexpr int parts = sizeof(int64_t) / sizeof(Compute), n = bytes / sizeof(int64_t);
+  Bits result[parts];
+  Long known = Long{} - 1;
+  for (int part = 0; part < parts; ++part) {
+    const Long target = load<Long>(rows.target + row + part * n);
+    const Long valid = __builtin_bit_cast(Unsigned, target) < uint64_t(rows.classes);
+    const Long ignored = target == rows.ignore_index;
+    known &= valid | ignored;
+    result[part] = __builtin_bit_cast(Bits, ignored | ~valid | target);
+  }
+  if (across(known, [](auto a, auto b) __attribute__((always_inline)) { return a & b; }) == 0) [[unlikely]]
+    for (int i = parts * n - 1; i >= 0; --i) {
+      const int64_t target = rows.target[row + i];
+      if (!rows.is_class(target) && target != rows.ignore_index) bad.at(row + i);
+    }
+  if constexpr (parts == 1)
+    return result[0];
+  else  // the lower halves
+    return __builtin_shuffle(result[0], result[1], iota<Bits>() * 2);
 }
 
 // What a vector of rows comes to: shift and others as TargetClass has them, x at the target, the target's
@@ -213,8 +240,7 @@ struct LongRows : Forwards<T> {
       }
       ends.template finish<bytes>(self, first, count);
       if (self.totals)
-        for (int i = 0; i < count; ++i)
-          ends.add_to(self.totals->units[first + i], self.totals->weight, i);
+        for (int i = 0; i < count; ++i) ends.add_to(self.totals->units[first + i], self.totals->weight, i);
     }
   }
 
@@ -378,7 +404,7 @@ struct ShortRows : Forwards<T> {
     B target[count];
     for (int k = 0; k < count; ++k) {
       transposed<bytes>(x + k * n * classes, classes, columns[k]);
-      target[k] = classes_of<bytes>(row + k * n);
+      target[k] = classes_of<bytes>(this->rows, row + k * n, *this->bad);
       shift[k] = columns[k][0];
     }
     for (int j = 1; j < classes; ++j)
@@ -407,39 +433,13 @@ struct ShortRows : Forwards<T> {
 
   // values[target], or 1.
   template <int bytes>
-  static NNFAST_INLINE typename Lane<bytes>::V picked(const Compute* values, typename Lane<bytes>::Bits target) {
+  static NNFAST_INLINE typename Lane<bytes>::V picked(const Compute* values,
+                                                      typename Lane<bytes>::Bits target) {
     typename Lane<bytes>::V result = typename Lane<bytes>::V{} + 1;
     if (values)
       for (int i = 0; i < Lane<bytes>::count; ++i)
         if (~target[i]) result[i] = values[target[i]];
     return result;
-  }
-
-  // The targets of a vector of rows, all ones where they are to be ignored.
-  template <int bytes>
-  NNFAST_INLINE typename Lane<bytes>::Bits classes_of(int64_t row) const {
-    using Long = typename VectorOf<int64_t, bytes>::type;
-    using Unsigned = typename VectorOf<uint64_t, bytes>::type;
-    using Bits = typename Lane<bytes>::Bits;
-    constexpr int parts = sizeof(int64_t) / sizeof(Compute), n = bytes / sizeof(int64_t);
-    Bits result[parts];
-    Long known = Long{} - 1;
-    for (int part = 0; part < parts; ++part) {
-      const Long target = load<Long>(this->rows.target + row + part * n);
-      const Long valid = __builtin_bit_cast(Unsigned, target) < uint64_t(this->rows.classes);
-      const Long ignored = target == this->rows.ignore_index;
-      known &= valid | ignored;
-      result[part] = __builtin_bit_cast(Bits, ignored | ~valid | target);
-    }
-    if (across(known, [](auto a, auto b) __attribute__((always_inline)) { return a & b; }) == 0) [[unlikely]]
-      for (int i = parts * n - 1; i >= 0; --i) {
-        const int64_t target = this->rows.target[row + i];
-        if (!this->rows.is_class(target) && target != this->rows.ignore_index) this->bad->at(row + i);
-      }
-    if constexpr (parts == 1)
-      return result[0];
-    else  // the lower halves
-      return __builtin_shuffle(result[0], result[1], iota<Bits>() * 2);
   }
 
   // Columns of a vector of rows.
@@ -566,16 +566,41 @@ struct ShortRowsBackward : Backward<T> {
   template <class P>
   NNFAST_INLINE void some(const Places<P>* places, int64_t first, int count, const T* x, T* dx) const {
     using V = typename P::Compute;
-    alignas(64) Compute shift[P::lanes] = {}, scale[P::lanes] = {}, at_target[P::lanes];
-    std::copy_n(this->rows.shift() + first, count, shift);
-    for (int i = 0; i < count; ++i) {
-      const Compute grad = this->grad.of(first + i);
-      scale[i] = this->rows.scale()[first + i] * grad;
-      at_target[i] = this->rows.at_target()[first + i] * grad;
+    alignas(64) Compute shift[P::lanes] = {}, scale[P::lanes] = {}, at_target[P::lanes] = {};
+    alignas(64) typename Lanes<Compute>::Bits target[P::lanes];
+    const auto whole = [&](int lanes) __attribute__((always_inline)) {
+      std::copy_n(this->rows.shift() + first, lanes, shift);
+      std::copy_n(this->rows.scale() + first, lanes, scale);
+      std::copy_n(this->rows.at_target() + first, lanes, at_target);
+    };
+    bool all = false;  // rows have a target
+    if (count == P::lanes) {
+      whole(P::lanes);
+      typename P::Bits known = ~typename P::Bits{};
+      for (int i = 0; i < P::parts; ++i) {
+        constexpr int n = P::lanes / P::parts;
+        const typename P::Bits classes = classes_of<sizeof(V)>(this->rows, first + i * n, *this->bad);
+        store(target + i * n, classes);
+        known &= classes != ~typename Lanes<Compute>::Bits{};
+      }
+      all = across(known, [](auto a, auto b) __attribute__((always_inline)) { return a & b; }) != 0;
+    } else {
+      whole(count);
     }
     V shifts[P::parts], scales[P::parts];
     std::memcpy(shifts, shift, sizeof(shift));
     std::memcpy(scales, scale, sizeof(scale));
+    if (this->grad.step) {
+      for (int i = 0; i < count; ++i) {
+        const Compute grad = this->grad.of(first + i);
+        scale[i] *= grad;
+        at_target[i] *= grad;
+      }
+      std::memcpy(scales, scale, sizeof(scale));
+    } else {
+      for (int i = 0; i < P::parts; ++i) scales[i] *= *this->grad.grad;
+      for (int i = 0; i < P::lanes; ++i) at_target[i] *= *this->grad.grad;
+    }
     const int classes = int(this->rows.classes);
     for (int v = 0; v < classes; ++v) {
       P pack = P::load(x + v * P::lanes);
@@ -586,10 +611,14 @@ struct ShortRowsBackward : Backward<T> {
       }
       pack.template store<false>(dx + v * P::lanes);
     }
+    if (all) [[likely]] {
+      for (int i = 0; i < P::lanes; ++i) dx[i * classes + target[i]] = Scalar<T>::store(at_target[i]);
+      return;
+    }
     for (int i = 0; i < count; ++i) {
       T* const out = dx + i * classes;
       const int64_t target = this->class_of(first + i);
-      if (target >= 0) [[likely]]
+      if (target >= 0)
         out[target] = Scalar<T>::store(at_target[i]);
       else
         std::memset(static_cast<void*>(out), 0, classes * sizeof(T));
