@@ -10,6 +10,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <string_view>
 
 #include "common/check.h"
@@ -75,6 +77,21 @@ struct Pack {
     else
       std::memcpy(to, &memory, sizeof(memory));
   }
+};
+
+// Memory for vectors.
+template <class Element>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n)
+      : data_(static_cast<Element*>(operator new(n * sizeof(Element), std::align_val_t(64)))) {}
+  NNFAST_INLINE Element* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(Element* data) const { operator delete(data, std::align_val_t(64)); }
+  };
+  std::unique_ptr<Element, Free> data_;
 };
 
 // Whether results that a loop over `bytes` of input and output writes are better streamed past the caches:

@@ -74,6 +74,20 @@ inline bool is_dense(const Tensor& x) {
   return filled == x.numel();
 }
 
+// x of (N, C, ...) is stored without gaps in the order (N, ..., C).
+inline bool is_channels_last(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t expected = 1;
+  const auto next = [&](int64_t i) {
+    const bool fits = sizes[i] == 1 || strides[i] == expected;
+    expected *= sizes[i];
+    return fits;
+  };
+  bool fits = next(1);
+  for (int64_t i = x.dim() - 1; i >= 2; --i) fits &= next(i);
+  return fits && next(0);
+}
+
 // torch.empty_like(x). It keeps the strides of dense x, so that the dispatcher is not needed there.
 inline Tensor new_like(const Tensor& x) {
   if (!is_dense(x)) return torch::stable::empty_like(x);

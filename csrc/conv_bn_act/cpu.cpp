@@ -14,21 +14,6 @@
 
 namespace nnfast::cpu {
 
-// Memory for vectors.
-template <class Element>
-class Scratch {
- public:
-  explicit Scratch(int64_t n)
-      : data_(static_cast<Element*>(operator new(n * sizeof(Element), std::align_val_t(64)))) {}
-  NNFAST_INLINE Element* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(Element* data) const { operator delete(data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<Element, Free> data_;
-};
-
 // Bit j of a mask belongs to lane j of a Pack.
 template <class T, int bytes>
 struct LaneBits {

@@ -8,61 +8,6 @@
 
 namespace nnfast {
 
-enum class Activation : int64_t { identity, relu, leaky_relu, silu, mish };
-
-// Picked at run time: a branch that all elements share costs less than a loop for each activation would.
-template <class Compute>
-struct AnyActivation {
-  Activation which;
-  Compute slope;
-
-  template <class Math, class T>
-  NNFAST_INLINE T forward(T z) const {
-    switch (which) {
-      case Activation::relu:
-        return max(T{}, z);  // NaN passes
-      case Activation::leaky_relu:
-        return z > T{} ? z : z * slope;
-      case Activation::silu:
-        return Silu::forward<Math>(z);
-      case Activation::mish:
-        return Mish::forward<Math>(z);
-      default:
-        return z;
-    }
-  }
-
-  template <class Math, class T>
-  NNFAST_INLINE T backward(T grad, T z) const {
-    switch (which) {
-      case Activation::relu:
-        return z <= T{} ? T{} : grad;
-      case Activation::leaky_relu:
-        return z > T{} ? grad : grad * slope;
-      case Activation::silu:
-        return Silu::backward<Math>(grad, z);
-      case Activation::mish:
-        return Mish::backward<Math>(grad, z);
-      default:
-        return grad;
-    }
-  }
-
-  // Relu and leaky relu need one bit of z. As in torch the former is open at NaN.
-  NNFAST_INLINE bool has_gate() const { return which == Activation::relu || which == Activation::leaky_relu; }
-
-  template <class T>
-  NNFAST_INLINE auto is_open(T z) const {
-    return (z > T{}) | ((z != z) & -int(which == Activation::relu));
-  }
-
-  template <class T, class Open>
-  NNFAST_INLINE T gated(T grad, Open open) const {
-    if (which == Activation::relu) return open != 0 ? grad : T{};
-    return open != 0 ? grad : grad * slope;
-  }
-};
-
 // A batch norm over `channels` channels: all (C,), weight and bias may be null; so is mean where there is
 // none.
 template <class Compute>

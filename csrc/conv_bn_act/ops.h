@@ -243,20 +243,6 @@ struct BatchNormAct {
       check_like(op, name, other, tensor);
       return same_layout(other, tensor) ? other : copied(new_like(tensor), other);
     }
-
-   private:
-    static bool is_channels_last(const Tensor& x) {
-      const auto sizes = x.sizes(), strides = x.strides();
-      int64_t expected = 1;
-      const auto next = [&](int64_t i) {
-        const bool fits = sizes[i] == 1 || strides[i] == expected;
-        expected *= sizes[i];
-        return fits;
-      };
-      bool fits = next(1);
-      for (int64_t i = x.dim() - 1; i >= 2; --i) fits &= next(i);
-      return fits && next(0);
-    }
   };
 
   struct NormArguments {

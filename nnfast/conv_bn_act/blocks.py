@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..activation.module import Mish, SiLU
-from ..convolution.op import CONV2D_ACT
+from ..convolution.op import CONV2D_ACT, plain_convolution, plain_gradients
+from ..convolution.op import Kernels as Convolutions
 from ..core import tuning
 from ..core.op import Backend, Explanation, Op, describe, forced
 from ..core.operator import transformed
@@ -508,36 +509,56 @@ def run(
     known = _known(unit)
     act, slope = known or ("identity", 0.01)
     if projection is not None:
-        (conv, bn, *_), of = projection
-        found = CONV_BN_ACT.infer(conv, bn, of)
-        if found is None:
-            found = _infer(projection[0], of)
+        found = _infer(projection[0], projection[1])
         if found is not None:
             residual, projection = found, None
     for observe in observers:
         observe(x, CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope))
-    y = None
-    if projection is None:
-        y = _infer(unit, x, residual)
-        if y is None:
-            y = CONV_BN_ACT.infer(unit.conv, unit.bn, x, residual, act, slope)
+    y = None if projection is not None else _infer(unit, x, residual, act, slope)
     if y is None:
         y = _unfolded(unit, x, residual, projection, act, slope, via)
     return y if known else _activate(unit, y)
 
 
-def _infer(unit: Unit, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
-    """One unit without its unknown activation by our own convolution, in inference, if that is the choice."""
-    if unit.bn.training or not _ours_possible(x):
+def _infer(
+    unit: Unit, x: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
+) -> Tensor | None:
+    """One unit with the batch norm in the convolution, if that is the choice: in ours, or in torch's."""
+    if unit.bn.training:
         return None
-    act, slope = _known(unit) or ("identity", 0.01)
-    return links.infer(unit.conv, unit.bn, x, residual, activation_code(act), slope)
+    arguments = (unit.conv, unit.bn, x, residual, act, slope)
+    y = fold.run_again(*arguments) if forced() is None else None
+    if y is None and (_ours_possible(x) or _winograd_possible(unit.conv, x)):
+        y = links.infer(*arguments)
+    return CONV_BN_ACT.infer(*arguments) if y is None else y
 
 
 def _ours_possible(x: Tensor) -> bool:
     """Our own convolutions may be the choice: looked at before all that costs more."""
     name = forced()
     return name == "triton" or (name is None and x.is_cuda and x.numel() >= CONV2D_ACT.least)
+
+
+def _winograd_possible(conv: Any, x: Tensor) -> bool:
+    """The same of our convolution on the CPU, which serves one convolution alone too."""
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and forced() in (None, "cpu")
+        and x.dim() == 4
+        and fold.plain_conv(conv)
+        and (conv.kernel_size, conv.stride, conv.groups, conv.in_channels) == ((3, 3), (1, 1), 1, x.shape[1])
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _winograd(conv: nn.Conv2d, x: Tensor) -> Convolutions | None:
+    """Its operators, if they are the choice for x."""
+    if not _winograd_possible(conv, x) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    return CONV2D_ACT.ours(
+        x, conv.weight, conv.bias, None, None, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
 
 
 def _unfolded(
@@ -573,18 +594,44 @@ def _unfolded(
     return _FUNCTIONS[act](y, slope)
 
 
-def small(x: Tensor, channels: int) -> bool:
-    """An image of x's pixels is so small that torch's own batch norm is the choice."""
-    if not x.is_cpu or forced() is not None:
-        return False
-    return x.numel() // max(x.shape[1], 1) * channels < BATCH_NORM_ACT.least[x.element_size() < 4]
+class Extent(NamedTuple):
+    """What of some modules decides from which size of images on kernels of ours are the choice in training.
+
+    Attributes:
+        channels: of the widest batch norm.
+        winograd: there is a convolution that Winograd's serves, if there are pixels enough.
+    """
+
+    channels: int
+    winograd: bool
+
+    def small(self, x: Tensor) -> bool:
+        """x is so small that torch's own are, told at once."""
+        if not x.is_cpu or forced() is not None:
+            return False
+        pixels = x.numel() // max(x.shape[1], 1)
+        if self.winograd and pixels >= 4 * tuning.WINOGRAD.tiles:
+            return False
+        return pixels * self.channels < BATCH_NORM_ACT.least[x.element_size() < 4]
+
+
+def extent(modules: Iterable[nn.Module]) -> Extent:
+    """That of convolutions and batch norms among modules."""
+    channels, winograd = 0, False
+    for each in modules:
+        if isinstance(each, nn.BatchNorm2d):
+            channels = max(channels, each.num_features)
+        elif isinstance(each, nn.Conv2d) and each.kernel_size == (3, 3) and each.groups == 1:
+            least = min(each.in_channels, each.out_channels)
+            winograd = winograd or (each.stride == (1, 1) and least >= tuning.WINOGRAD.channels)
+    return Extent(channels, winograd)
 
 
 def _small(unit: Unit, x: Tensor) -> bool:
     """The unit trains on a small image, and goes wrong no later than a unit of ours would."""
     conv, bn = unit.conv, unit.bn
     plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and conv.out_channels == bn.num_features
-    return plain and bn.training and x.dim() == 4 and small(x, bn.num_features)
+    return plain and bn.training and x.dim() == 4 and extent((conv, bn)).small(x)
 
 
 def _by_torch(
@@ -644,10 +691,13 @@ def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
         weight = _contiguous_gradient(weight)
     less = grad and ((via is not None and x is via[1]) or _saving_pays(conv))
     weight_first = less and bias is None and _weight_first_serves(conv, x)
+    kernels = _winograd(conv, x)
     with _saving_less(x, via) if less else nullcontext():
         if weight_first:
-            y: Tensor = _weight_first(x, weight, conv, x.grad_fn)
+            y: Tensor = _weight_first(x, weight, conv, x.grad_fn, kernels)
             return y, offset
+        if kernels is not None:
+            return plain_convolution(kernels, x, weight, bias, conv.stride, conv.padding), offset
         return conv._conv_forward(x, weight, bias), offset
 
 
@@ -696,13 +746,20 @@ def _others_save() -> bool:
 
 
 class _WeightFirst(torch.autograd.Function):
-    """conv(x), where x is computed again in backward: it is gone before its gradient comes."""
+    """conv(x), where x is computed again in backward: it is gone before its gradient comes.
+
+    kernels: our operators, or None for torch's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d, made_by: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, conv: nn.Conv2d, made_by: Any, kernels: Convolutions | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
-        ctx.made_by = made_by
+        ctx.made_by, ctx.kernels = made_by, kernels
+        if kernels is not None:
+            return plain_convolution(kernels, x, weight, None, conv.stride, conv.padding)
         y: Tensor = conv._conv_forward(x, weight, None)
         return y
 
@@ -710,16 +767,33 @@ class _WeightFirst(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
-        back = torch.ops.aten.convolution_backward
+        back: Any = torch.ops.aten.convolution_backward
         if torch.is_grad_enabled():
             dx, dw, _ = back(grad, x, weight, None, *ctx.options, [need_x, need_weight, False])
-            return dx, dw, None, None
+            return dx, dw, None, None, None
+        if ctx.kernels is not None:
+            back = partial(_back, ctx.kernels)
         dw = back(grad, x, weight, None, *ctx.options, [False, True, False])[1] if need_weight else None
         del x
         if not need_x:
-            return None, dw, None, None
+            return None, dw, None, None, None
         like = ctx.made_by.saved_tensors[0]  # of x's shape and layout; its values are not read
-        return back(grad, like, weight, None, *ctx.options, [True, False, False])[0], dw, None, None
+        dx = back(grad, like, weight, None, *ctx.options, [True, False, False])[0]
+        return dx, dw, None, None, None
+
+
+def _back(
+    kernels: Convolutions,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    _: None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *options: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """aten's convolution_backward, of x or of the weight, by our operators."""
+    return plain_gradients(kernels, grad, x, weight, stride, padding, options[-1][:2])
 
 
 _weight_first: Callable[..., Tensor] = _WeightFirst.apply
@@ -841,23 +915,13 @@ class ConvBNActOp(Op):
         unit = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
         return *unit.requires_grad_(False).eval().to(x.device), x
 
-    def infer(
-        self,
-        conv: nn.Module,
-        bn: nn.Module,
-        x: Tensor,
-        residual: Tensor | None = None,
-        act: str = "identity",
-        slope: float = 0.01,
-    ) -> Tensor | None:
+    def infer(self, *arguments: Any) -> Tensor | None:
         """The result, if the choice is `folded`: what `choose` would say, without asking the others."""
         name = forced()
-        if name is None:
-            return None if bn.training else fold.serve(conv, bn, x, residual, act, slope)
-        if name != "folded":
+        if name == "folded":
+            self.choose(*arguments)
+        elif name is not None or fold.why_not(*arguments) or fold.not_worth(*arguments):
             return None
-        arguments = (conv, bn, x, residual, act, slope)
-        self.choose(*arguments)
         return fold.run(*arguments)
 
 

@@ -11,6 +11,7 @@ as it writes the convolution's result; on CUDA cuDNN does, for relu.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activation.module import mish, silu
+from ..convolution import winograd
+from ..core.op import forced
 from ..core.operator import plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
 
@@ -34,13 +37,17 @@ than torch.conv2d; weights that oneDNN reorders at every call, and elements to w
 that time."""
 
 
+Run = Callable[..., Tensor]
+"""Takes a `Folded`, its convolution, x, a residual or None, an activation and leaky_relu's slope."""
+
+
 class Folded:
     """Weight (O, I / groups, kH, kW) and bias (O,) of a convolution with its batch norm in it.
 
     Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
-    __slots__ = ("bias", "calls", "eps", "reordered", "snapshot", "weight")
+    __slots__ = ("bias", "calls", "eps", "reordered", "snapshot", "transformed", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
         sources = _sources(conv, bn)
@@ -54,7 +61,19 @@ class Folded:
             self.bias = (shift * scale if beta is None else shift * scale + beta).float()
             self.weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)  # type: ignore[union-attr,operator]
         self.reordered: dict[tuple[int, ...], Tensor] = {}
-        self.calls: set[tuple[Any, ...]] = set()
+        self.calls: dict[tuple[Any, ...] | None, Run] = {}
+        self.transformed: Tensor | None = None
+
+    def run(
+        self, how: Run, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+    ) -> Tensor:
+        """The chosen way to run a call, remembered for calls like it."""
+        call = _call(x, residual, act)
+        if call is not None and forced() is None:
+            if len(self.calls) >= _CALLS:
+                self.calls = {}
+            self.calls[call] = how
+        return how(self, conv, x, residual, act, negative_slope)
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
@@ -72,6 +91,13 @@ class Folded:
                 self.reordered = {}
             self.reordered[shape] = found
         return found
+
+    def transform(self) -> Tensor:
+        """The weight as Winograd's convolution takes it, the first time it is asked for."""
+        if self.transformed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.transformed = winograd.transform(self.weight, False)
+        return self.transformed
 
 
 _FOLDED: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, Folded]] = WeakKeyDictionary()
@@ -249,38 +275,30 @@ def not_worth(
 # --- the call -----------------------------------------------------------------------------------------------
 
 
-def serve(
+def run_again(
     conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
 ) -> Tensor | None:
-    """What `run` gives if nothing is against it, else None: asked of every call of a kind but once, while
-    nothing that the answer came from has changed."""
-    if bn.training or not x.is_cpu or torch.is_grad_enabled():
-        return _ask(conv, bn, x, residual, act, negative_slope)
-    assert isinstance(conv, nn.Conv2d)
-    autocast, onednn = torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled()
-    call: tuple[Any, ...] = (x.shape, x.dtype, act, autocast, onednn)
-    if residual is not None:
-        call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
+    """What a call like one before gives, on the CPU and without autograd, if nothing has changed that who
+    serves depends on; None if it is not known."""
     of_conv = _FOLDED.get(conv)
     found = None if of_conv is None else of_conv.get(bn)
-    if found is not None and call in found.calls:
-        unplain = _unplain("conv", conv, _CONVS) or _unplain("bn", bn, _NORMS)
-        if type(x) is Tensor and x.layout is torch.strided and not unplain and found.holds(conv, bn):
-            return _run(found, conv, x, residual, act, negative_slope)
-    y = _ask(conv, bn, x, residual, act, negative_slope)
-    if y is not None and type(x) is Tensor:
-        calls = folded(conv, bn).calls
-        if len(calls) >= _CALLS:
-            calls.clear()
-        calls.add(call)
-    return y
+    if found is None:
+        return None
+    how = found.calls.get(_call(x, residual, act))
+    if how is None or unplain(conv, bn) or not found.holds(conv, bn):  # type: ignore[arg-type]
+        return None
+    return how(found, conv, x, residual, act, negative_slope)
 
 
-def _ask(
-    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
-) -> Tensor | None:
-    arguments = (conv, bn, x, residual, act, negative_slope)
-    return None if why_not(*arguments) or not_worth(*arguments) else run(*arguments)
+def _call(x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | None:
+    """What who serves a call depends on, beside the modules; None where it is asked every time."""
+    if not x.is_cpu or type(x) is not Tensor or x.layout is not torch.strided or torch.is_grad_enabled():
+        return None
+    state = (torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled())
+    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, *state)
+    if residual is not None:
+        call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
+    return call
 
 
 def run(
@@ -293,10 +311,10 @@ def run(
 ) -> Tensor:
     """act(bn(conv(x)) [+ residual]) where `why_not` knows no reason against it; laid out as torch does."""
     assert isinstance(conv, nn.Conv2d)
-    return _run(folded(conv, bn), conv, x, residual, act, negative_slope)
+    return folded(conv, bn).run(_by_torch, conv, x, residual, act, negative_slope)
 
 
-def _run(
+def _by_torch(
     found: Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
 ) -> Tensor:
     padding: Any = conv.padding

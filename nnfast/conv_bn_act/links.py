@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from ..activation.reference import IDENTITY
 from ..activation.reference import act as activated
+from ..convolution import winograd
 from ..convolution.op import CONV2D_ACT, Prologue, with_statistics
 from ..convolution.op import Kernels as Convolutions
 from ..convolution.op import run as convolve_and_act
 from ..convolution.reference import convolve
 from ..core.operator import compute_dtype, convolved_size
 from . import fold, reference
-from .module import count_batch, norm_of
+from .module import activation_code, count_batch, norm_of
 from .op import BATCH_NORM_ACT, Norm, check, enter_running, merge_statistics, recomputing, run
 
 
@@ -175,10 +176,10 @@ def _prologue(
 
 
 def infer(
-    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: int, slope: float
+    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, slope: float
 ) -> Tensor | None:
     """act(bn(conv(x)) + residual) by our convolution, the batch norm in it; None if not the choice."""
-    if bn.training or fold.folding_why_not(conv, bn, x, residual):
+    if fold.folding_why_not(conv, bn, x, residual):
         return None
     assert isinstance(conv, nn.Conv2d)
     if _unpadded(conv):
@@ -187,10 +188,24 @@ def infer(
     padding: Any = conv.padding
     arguments = (
         x, found.weight, found.bias, residual, None,
-        conv.stride, padding, conv.dilation, conv.groups, act, slope,
+        conv.stride, padding, conv.dilation, conv.groups, activation_code(act), slope,
     )  # fmt: skip
     kernels = CONV2D_ACT.ours(*arguments)
-    return None if kernels is None else convolve_and_act(kernels, *arguments)
+    if kernels is None:
+        return None
+    if kernels is not CONV2D_ACT.on_cpu:
+        return convolve_and_act(kernels, *arguments)
+    return found.run(_by_winograd, conv, x, residual, act, slope)
+
+
+def _by_winograd(
+    found: fold.Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, slope: float
+) -> Tensor:
+    none, padding = (None, None, None, IDENTITY, 0.0), [int(p) for p in conv.padding]
+    return winograd.forward(
+        x, found.weight, found.bias, residual, *none, [1, 1], padding, activation_code(act), slope, False,
+        found.transform(),
+    )[0]  # fmt: skip
 
 
 class _NormConv(torch.autograd.Function):

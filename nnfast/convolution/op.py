@@ -2,7 +2,7 @@
 
     a = prologue_act((x - center) * scale + shift),  z = conv2d(a, weight) + bias + residual,  y = act(z)
 
-Three opaque operators, and the same again as overload `triton`:
+Three opaque operators, and the same again as overloads `triton` and `cpu`:
 
     nnfast::conv2d_act(x, weight, bias, residual, *prologue, stride, padding, act, slope, with_statistics)
         -> (y, statistics)
@@ -45,7 +45,7 @@ from ..core.operator import (
     size_not_worth,
     transformed,
 )
-from . import reference
+from . import reference, winograd
 
 NAME = "conv2d_act"
 
@@ -88,7 +88,7 @@ def _fake_forward(overload: str, x: Tensor, weight: Tensor, *args: Any) -> tuple
     if not with_statistics:
         return y, x.new_empty(0, dtype=dtype)
     parts = 1
-    if overload:
+    if overload == "triton":
         parts = _in_triton("plan")(x, weight, stride, padding).parts
     return y, x.new_empty((3, parts, weight.shape[0]), dtype=dtype)
 
@@ -295,6 +295,38 @@ def with_statistics(
     return y, statistics, again if through else x
 
 
+def plain_convolution(
+    kernels: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Any,
+) -> Tensor:
+    """conv2d(x, weight, bias), differentiable where anything asks for a gradient."""
+    return run(kernels, x, weight, bias, None, None, stride, padding)
+
+
+def plain_gradients(
+    kernels: Kernels,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Its gradients of x and weight, as far as they are needed."""
+    none = (None, None, None, IDENTITY, 0.0)
+    tail = (list(stride), list(padding), IDENTITY, 0.0)
+    dx = dweight = None
+    if needs[0]:
+        dx = kernels.input_gradient(grad, None, weight, None, None, *none, list(x.shape), *tail, True)[0]
+    if needs[1]:
+        dweight = kernels.weight_gradient(grad, None, x, *none, list(weight.shape[2:]), *tail, False)[0]
+    return dx, dweight
+
+
 def _told_from_result(act: int, slope: float) -> bool:
     """act's derivative can be told from its result."""
     return act in (IDENTITY, RELU) or (act == LEAKY_RELU and slope >= 0)
@@ -384,7 +416,7 @@ def _why_not(
     groups: int = 1,
     *_: Any,
 ) -> list[str]:
-    reasons = place_why_not(NAME, backend, "x", x)
+    reasons = place_why_not(winograd.NAME if backend == "cpu" else NAME, backend, "x", x)
     tensors = {"x": x, "weight": weight, "residual": residual}
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -396,9 +428,11 @@ def _why_not(
     if tuple(dilation) != (1, 1):
         reasons.append(f"dilation is {tuple(dilation)}; our kernels have 1")
     kernel = tuple(weight.shape[2:])
-    if max(kernel) > LARGEST_KERNEL:
+    if backend == "cpu":
+        reasons += winograd.why_not(x.dtype, kernel, stride, padding)
+    elif max(kernel) > LARGEST_KERNEL:
         reasons.append(f"the kernel is {kernel[0]}x{kernel[1]}; ours go to {LARGEST_KERNEL}x{LARGEST_KERNEL}")
-    if not set(stride) <= {1, 2}:
+    elif not set(stride) <= {1, 2}:
         reasons.append(f"stride is {tuple(stride)}; our kernels have 1 and 2")
     if not x.is_contiguous(memory_format=torch.channels_last):
         reasons.append("x is not laid out in torch.channels_last")
@@ -406,6 +440,8 @@ def _why_not(
     pixels = x.shape[0] * max(x.shape[2] * x.shape[3], size[2] * size[3])
     if not x.numel() or not weight.numel():
         reasons.append("x or weight is empty")
+    elif min(size) < 1:
+        reasons.append("x is smaller than the kernel")
     elif pixels >= 1 << 31:
         reasons.append(f"{pixels} pixels; our kernels count to {(1 << 31) - 1}")
     if transformed():
@@ -413,7 +449,9 @@ def _why_not(
     return reasons
 
 
-def _not_worth(backend: str, x: Tensor, *_: Any) -> list[str]:
+def _not_worth(backend: str, x: Tensor, weight: Tensor, *_: Any) -> list[str]:
+    if backend == "cpu":
+        return winograd.not_worth(x, weight)
     return size_not_worth(NAME, backend, x)
 
 
@@ -424,16 +462,19 @@ class Conv2dActOp(Op):
         self.least = tuning.smallest(NAME)
         Kernels(LIBRARY)
         self.kernels = Kernels(LIBRARY, "triton")
+        self.on_cpu = Kernels(LIBRARY, "cpu")
         for operator, function in (
             (NAME, "forward"),
             (f"{NAME}_input_gradient", "input_gradient"),
             (f"{NAME}_weight_gradient", "weight_gradient"),
         ):
             implement(operator, getattr(reference, function), _in_triton(function))
-        triton = Backend(
-            "triton", partial(run, self.kernels), partial(_why_not, "triton"), partial(_not_worth, "triton")
-        )
-        super().__init__(NAME, [triton, Backend("aten", _run_aten), Backend("reference", _run_reference)])
+            LIBRARY.impl(f"{operator}.cpu", getattr(winograd, function), "CPU")
+        ours = [
+            Backend(name, partial(run, kernels), partial(_why_not, name), partial(_not_worth, name))
+            for name, kernels in (("triton", self.kernels), ("cpu", self.on_cpu))
+        ]
+        super().__init__(NAME, [*ours, Backend("aten", _run_aten), Backend("reference", _run_reference)])
 
     def example(self, device: str) -> tuple[Any, ...]:
         """A 3x3 convolution of 64 channels."""
@@ -442,10 +483,13 @@ class Conv2dActOp(Op):
 
     def ours(self, *args: Any) -> Kernels | None:
         """Our operators, if they are the choice; a call that they cannot serve is torch's, forced or not."""
-        triton = self.backends[0]
-        if forced() not in (None, "triton") or triton.why_not(*args):
-            return None
-        return self.kernels if forced() or not triton.not_worth(*args) else None
+        name = forced()
+        for backend, kernels in zip(self.backends, (self.kernels, self.on_cpu), strict=False):
+            if name not in (None, backend.name) or backend.why_not(*args):
+                continue
+            if name or not backend.not_worth(*args):
+                return kernels
+        return None
 
 
 CONV2D_ACT = Conv2dActOp()

@@ -225,6 +225,24 @@ def conv_splits(tiles: int, steps: int) -> tuple[int, int]:
     return -(-steps // steps_a_split), steps_a_split
 
 
+@dataclass(frozen=True)
+class WinogradThreshold:
+    """From where on Winograd's convolution beats oneDNN's on the CPU.
+
+    Attributes:
+        channels: fewest of the input and of the result.
+        tiles: fewest tiles of 2x2 results.
+        weights: most pairs of channels for each tile: their transform must pay.
+    """
+
+    channels: int
+    tiles: int
+    weights: int
+
+
+WINOGRAD = WinogradThreshold(channels=32, tiles=256, weights=512)
+
+
 def linear_chunk(rows: int, classes: int) -> int:
     """Rows of logits that a linear layer with its loss makes at once: a sixteenth, or 4M logits if more."""
     return max(-(-rows // 16), (1 << 22) // classes, 1)

@@ -15,9 +15,9 @@ a time.
 
 Those of softmax take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
 float64 for float64, else float32. A mean's denominator is how many targets are not ignored, or the sum of
-their weights, weight: (C,); else it is 1. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
-reference.py makes a row's gradient of, without a sum over the row. None is differentiable itself; `SOFTMAX`
-and `SIGMOID` are, which take what the functions of module.py take.
+their weights, weight: (C,); else it is 1. Slopes (3, N, S), in that dtype too, are what
+`gradient_from_slopes` of reference.py makes a row's gradient of, without a sum over the row. None is
+differentiable itself; `SOFTMAX` and `SIGMOID` are, which take what the functions of module.py take.
 """
 
 from __future__ import annotations

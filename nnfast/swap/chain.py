@@ -208,16 +208,10 @@ def eager(x: object) -> bool:
     )
 
 
-def widest(module: nn.Module) -> int:
-    """Channels of the widest batch norm below."""
-    return max(
-        (each.num_features for each in module.modules() if isinstance(each, nn.BatchNorm2d)), default=0
-    )
-
-
 def small(module: nn.Module, x: Tensor) -> bool:
     """The module trains on so small an image that none of its chains is faster than its own forward."""
-    return module.training and not blocks.observers and blocks.small(x, module.__dict__["_nnfast_widest"])
+    found: blocks.Extent = module.__dict__["_nnfast_extent"]
+    return module.training and not blocks.observers and found.small(x)
 
 
 def as_written(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:

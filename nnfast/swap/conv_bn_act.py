@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..conv_bn_act.blocks import extent
 from . import seed, timm, torch_nn, transformers
 from .chain import (
     ACTIVATIONS,
@@ -25,7 +26,6 @@ from .chain import (
     match,
     plain,
     subclass,
-    widest,
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
 from .read import Program, UnreadableError, read
@@ -97,7 +97,7 @@ def _proposals(
     proposals = []
     if found and not obstacles:
         made = subclass(changes["__class__"], type(module))
-        changes = {**changes, "__class__": made, "_nnfast_widest": widest(module)}
+        changes = {**changes, "__class__": made, "_nnfast_extent": extent(module.modules())}
         proposals.append(Proposal(old, f"fused {_listed(found)}", changes))
     elif found:
         kept = [*obstacles, *kept]

@@ -71,10 +71,11 @@ def test_arrows(path):
                 "multihead": {"module", "op"},
                 "self_attention": {"module", "op"},
                 "positional": {"module", "op"},
-                "op": {"chunked", "kernels", "reference", "sdpa"},
+                "op": {"chunked", "kernels", "reference", "sdpa", "winograd"},
                 "kernels": set(),
                 "reference": set(),
                 "sdpa": {"reference"},
+                "winograd": {"reference"},
                 "__init__": set(),
             }[path.stem]
         )
