@@ -192,6 +192,25 @@ NNFAST_INLINE T log1p(T x) {
   return log(sum) + (x - (sum - 1)) / sum;
 }
 
+// log(1 + b / a) where a > b >= 0, else log(a + b), which must be normal: one quotient s for both, of which
+// the logarithm is n ln 2 + 2 atanh(s).
+template <class T>
+NNFAST_INLINE T log_of_sum(T a, T b) {
+  using Constants = LogConstants<float>;
+  using Bits = typename Lanes<T>::Bits;
+  const T sum = a + b;
+  const Bits bits = __builtin_bit_cast(Bits, sum) + (Constants::one - Constants::sqrt_half);
+  const Bits exponent = bits >> Constants::mantissa_bits;
+  const T f = __builtin_bit_cast(T, bits - (exponent << Constants::mantissa_bits) + Constants::sqrt_half) - 1;
+  T n = __builtin_bit_cast(T, exponent | Constants::integer_bits) - Constants::zero_exponent;
+  n = a > b ? T{} : n;
+  const T s = (a > b ? b : f) / (a > b ? sum + a : 2 + f), z = s * s;
+  T p = T{} + log1p_polynomial[0];
+  for (int i = 1; i < 4; ++i) p = p * z + log1p_polynomial[i];
+  const T result = n * Constants::ln2_low + s * (2 + z * p) + n * Constants::ln2_high;
+  return sum < std::numeric_limits<float>::infinity() ? result : sum;
+}
+
 }  // namespace host
 
 // With `bounded`, exp takes an x that is at most 88 (or NaN).
@@ -237,6 +256,15 @@ struct Precise {
     else
       return host::log1p_unit(x);
 #endif
+  }
+
+  // log(1 + b / a) where a > b >= 0, else log(a + b).
+  template <class T>
+  static NNFAST_INLINE T log_of_sum(T a, T b) {
+#if !defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<typename Lanes<T>::Element, float>) return host::log_of_sum(a, b);
+#endif
+    return log1p(a > b ? b / a : a + b - 1);
   }
 
   template <class T>

@@ -1,6 +1,7 @@
 // The focal loss on the CPU. Long contiguous rows go through vectors of classes; short or strided ones side
 // by side, a row to a lane.
 #include <atomic>
+#include <vector>
 
 #include "common/elementwise_cpu.h"
 #include "focal_loss/ops.h"
@@ -18,12 +19,13 @@ struct BadTarget {
     }
   }
 
+  bool found() const { return row != std::numeric_limits<int64_t>::max(); }
+
   template <class T>
   void raise(const SoftmaxRows<T>& rows) const {
     const int64_t bad = row;
-    check(bad == std::numeric_limits<int64_t>::max(), "softmax_focal_loss: target has class ",
-          rows.target[std::min(bad, rows.rows - 1)], " at index ", bad, "; x has ", rows.classes,
-          " classes (ignore_index=", rows.ignore_index, ")");
+    check(!found(), "softmax_focal_loss: target has class ", rows.target[std::min(bad, rows.rows - 1)],
+          " at index ", bad, "; x has ", rows.classes, " classes (ignore_index=", rows.ignore_index, ")");
   }
 };
 
@@ -63,6 +65,83 @@ NNFAST_INLINE Bits iota() {
   return result;
 }
 
+// The targets of a vector of rows, all ones where they are to be ignored.
+template <int bytes, class T>
+NNFAST_INLINE auto classes_of(const SoftmaxRows<T>& rows, int64_t row, BadTarget& bad) {
+  using Long = typename VectorOf<int64_t, bytes>::type;
+  using Unsigned = typename VectorOf<uint64_t, bytes>::type;
+  using Compute = typename Scalar<T>::Compute;
+  using Bits = typename VectorOf<typename Lanes<Compute>::Bits, bytes>::type;
+  constexpr int parts = sizeof(int64_t) / sizeof(Compute), n = bytes / sizeof(int64_t);
+  Bits result[parts];
+  Long known = Long{} - 1;
+  for (int part = 0; part < parts; ++part) {
+    const Long target = load<Long>(rows.target + row + part * n);
+    const Long valid = __builtin_bit_cast(Unsigned, target) < uint64_t(rows.classes);
+    const Long ignored = target == rows.ignore_index;
+    known &= valid | ignored;
+    result[part] = __builtin_bit_cast(Bits, ignored | ~valid | target);
+  }
+  if (across(known, [](auto a, auto b) __attribute__((always_inline)) { return a & b; }) == 0) [[unlikely]]
+    for (int i = parts * n - 1; i >= 0; --i) {
+      const int64_t target = rows.target[row + i];
+      if (!rows.is_class(target) && target != rows.ignore_index) bad.at(row + i);
+    }
+  if constexpr (parts == 1)
+    return result[0];
+  else  // the lower halves
+    return __builtin_shuffle(result[0], result[1], iota<Bits>() * 2);
+}
+
+// What a vector of rows comes to: shift and others as TargetClass has them, x at the target, the target's
+// factor.
+template <class V>
+struct RowEnd {
+  V loss, scale, at_target;
+
+  template <class Compute, class Ignored>
+  NNFAST_INLINE RowEnd(const Power<Compute>& power, V x, V shift, V others, V alpha, const Ignored& ignored) {
+    const TargetClass<V> at(x - shift, others);
+    const V q_to_gamma = power.template of<Precise>(at.q);
+    const V slope = at.slope(power, alpha, q_to_gamma);
+    loss = ignored ? V{} : alpha * q_to_gamma * at.cross_entropy;
+    scale = ignored ? V{} : slope * at.inverse;
+    at_target = ignored ? V{} : -slope * at.q;
+  }
+};
+
+// Losses summed, and the mean's denominator, by units of rows that do not depend on the number of threads: a
+// long row, or a tile of short ones.
+template <class Compute>
+struct Totals {
+  struct Sum {
+    double loss = 0, count = 0;
+  };
+  std::vector<Sum> units;
+  const Compute* weight;  // (classes,) or null
+
+  // In four chains, against latency.
+  Sum all() const {
+    Sum chains[4];
+    for (size_t i = 0; i < units.size(); ++i) {
+      chains[i % 4].loss += units[i].loss;
+      chains[i % 4].count += units[i].count;
+    }
+    return {(chains[0].loss + chains[1].loss) + (chains[2].loss + chains[3].loss),
+            (chains[0].count + chains[1].count) + (chains[2].count + chains[3].count)};
+  }
+};
+
+// What a forward is given; its losses, or their totals.
+template <class T>
+struct Forwards {
+  using Compute = typename Scalar<T>::Compute;
+  SoftmaxRows<T> rows;
+  SoftmaxLoss<Compute> to;
+  BadTarget* bad;
+  Totals<Compute>* totals;
+};
+
 // What there is one of for each row: `most` rows side by side, computed as vectors.
 template <class T, int most>
 struct RowEnds {
@@ -75,45 +154,48 @@ struct RowEnds {
   alignas(64) Compute at_target[most] = {}, shift[most] = {}, others[most] = {}, alpha[most] = {};
   alignas(64) Compute loss[most] = {}, scale[most] = {};
 
-  NNFAST_INLINE void start(const SoftmaxRows<T>& rows, const SoftmaxLoss<Compute>& to, int64_t first,
-                           int count, BadTarget& bad) {
+  NNFAST_INLINE void start(const Forwards<T>& given, int64_t first, int count) {
+    const SoftmaxRows<T>& rows = given.rows;
     bool all_known = true;
     for (int i = 0; i < count; ++i) {
-      const int64_t given = rows.target[first + i];
-      const bool known = rows.is_class(given), ignored = given == rows.ignore_index;
+      const int64_t target_class = rows.target[first + i];
+      const bool known = rows.is_class(target_class), ignored = target_class == rows.ignore_index;
       all_known &= known | ignored;
-      target[i] = known & !ignored ? Bits(given) : none;
+      target[i] = known & !ignored ? Bits(target_class) : none;
       shift[i] = std::numeric_limits<Compute>::lowest();
       alpha[i] = 1;
       others[i] = 0;
     }
-    if (to.alpha)
+    if (given.to.alpha)
       for (int i = 0; i < count; ++i)
-        if (target[i] != none) alpha[i] = to.alpha[target[i]];
+        if (target[i] != none) alpha[i] = given.to.alpha[target[i]];
     if (!all_known) [[unlikely]]
       for (int i = count - 1; i >= 0; --i)
-        if (target[i] == none && rows.target[first + i] != rows.ignore_index) bad.at(first + i);
+        if (target[i] == none && rows.target[first + i] != rows.ignore_index) given.bad->at(first + i);
   }
 
   template <int bytes>
-  NNFAST_INLINE void finish(const SoftmaxRows<T>& rows, const SoftmaxLoss<Compute>& to, int64_t first,
-                            int count) {
+  NNFAST_INLINE void finish(const Forwards<T>& given, int64_t first, int count) {
     using V = typename VectorOf<Compute, bytes>::type;
     using B = typename Lanes<V>::Bits;
     for (int v = 0; v < count; v += bytes / int(sizeof(Compute))) {
-      const V weight = load<V>(alpha + v);
-      const auto ignored = load<B>(target + v) == none;
-      const TargetClass<V> at(load<V>(at_target + v) - load<V>(shift + v), load<V>(others + v));
-      const V q_to_gamma = to.power.template of<Precise>(at.q);
-      const V slope = at.slope(to.power, weight, q_to_gamma);
-      store(loss + v, ignored ? V{} : weight * q_to_gamma * at.cross_entropy);
-      store(scale + v, ignored ? V{} : slope / at.sum);
-      store(at_target + v, ignored ? V{} : -slope * at.q);
+      const RowEnd<V> end(given.to.power, load<V>(at_target + v), load<V>(shift + v), load<V>(others + v),
+                          load<V>(alpha + v), load<B>(target + v) == none);
+      store(loss + v, end.loss);
+      store(scale + v, end.scale);
+      store(at_target + v, end.at_target);
     }
-    std::copy_n(loss, count, to.loss + first);
-    std::copy_n(shift, count, rows.shift() + first);
-    std::copy_n(scale, count, rows.scale() + first);
-    std::copy_n(at_target, count, rows.at_target() + first);
+    std::copy_n(shift, count, given.rows.shift() + first);
+    std::copy_n(scale, count, given.rows.scale() + first);
+    std::copy_n(at_target, count, given.rows.at_target() + first);
+    if (given.to.loss) std::copy_n(loss, count, given.to.loss + first);
+  }
+
+  // What row i adds.
+  NNFAST_INLINE void add_to(typename Totals<Compute>::Sum& sum, const Compute* weight, int i) const {
+    if (target[i] == none) return;
+    sum.loss += loss[i];
+    sum.count += weight ? weight[target[i]] : Compute(1);
   }
 };
 
@@ -136,12 +218,9 @@ NNFAST_INLINE auto elements(int part) {
 
 // Contiguous rows of at least a vector, some at a time.
 template <class T>
-struct LongRows {
+struct LongRows : Forwards<T> {
   using Compute = typename Scalar<T>::Compute;
   static constexpr int most = 16;
-  SoftmaxRows<T> rows;
-  SoftmaxLoss<Compute> to;
-  BadTarget* bad;
 
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
@@ -149,7 +228,7 @@ struct LongRows {
     RowEnds<T, most> ends;
     for (int64_t first = begin; first < end; first += most) {
       const int count = int(std::min<int64_t>(most, end - first));
-      ends.start(self.rows, self.to, first, count, *self.bad);
+      ends.start(self, first, count);
       for (int i = 0; i < count; ++i) {
         const T* const row = self.rows.x + (first + i) * self.rows.classes;
         const bool ignored = ends.target[i] == ends.none;
@@ -159,7 +238,9 @@ struct LongRows {
         ends.shift[i] = running.maximum;
         ends.others[i] = running.sum;
       }
-      ends.template finish<bytes>(self.rows, self.to, first, count);
+      ends.template finish<bytes>(self, first, count);
+      if (self.totals)
+        for (int i = 0; i < count; ++i) ends.add_to(self.totals->units[first + i], self.totals->weight, i);
     }
   }
 
@@ -214,6 +295,170 @@ struct LongRows {
       begin += n;
     }
     return running;
+  }
+};
+
+// Swaps rows and columns of a square of as many vectors as a vector has lanes.
+template <int distance, class V>
+NNFAST_INLINE void transpose(V* rows) {
+  constexpr int n = sizeof(V) / sizeof(typename Lanes<V>::Element);
+  if constexpr (distance > 0) {
+    using Bits = typename Lanes<V>::Bits;
+    const Bits lane = iota<Bits>();
+    const Bits upper = lane & distance;
+    for (int i = 0; i < n; ++i) {
+      if (i & distance) continue;
+      const V a = rows[i], b = rows[i + distance];
+      rows[i] = __builtin_shuffle(a, b, upper == 0 ? lane : lane - distance + n);
+      rows[i + distance] = __builtin_shuffle(a, b, upper == 0 ? lane + distance : lane + n);
+    }
+    transpose<distance / 2>(rows);
+  }
+}
+
+// Contiguous short rows, a row to a lane. begin, end: tiles
+template <class T>
+struct ShortRows : Forwards<T> {
+  using Compute = typename Scalar<T>::Compute;
+  static constexpr int most_classes = 64, tile = 64;
+  static constexpr int ways = 2;  // vectors at once, against latency
+
+  template <int bytes>
+  NNFAST_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int n = Lane<bytes>::count;
+    const ShortRows self = *this;  // in registers, since what is stored may overlap *this
+    const int classes = int(self.rows.classes), width = Pack<T, bytes>::lanes;
+    // The last row that whole packs can be loaded from.
+    const int64_t last = self.rows.rows - 1 - (std::max(width, classes) - 1) / classes;
+    for (int64_t i = begin; i < end; ++i) {
+      Part<bytes> part{};
+      const int64_t first = i * tile, beyond = std::min(self.rows.rows, first + tile);
+      int64_t row = first;
+      for (const int64_t end = std::min(beyond, last + 1); row + ways * n <= end; row += ways * n)
+        self.template some<bytes, ways>(self.rows.x + row * classes, row, part);
+      for (; row < beyond; row += n) {
+        if (row + n - 1 <= last)
+          self.template some<bytes, 1>(self.rows.x + row * classes, row, part);
+        else
+          self.template few<bytes>(row, int(std::min<int64_t>(n, beyond - row)), part);
+      }
+      if (self.totals) self.totals->units[i] = {sum(part.loss), sum(part.count)};
+    }
+  }
+
+ private:
+  template <int bytes>
+  struct Lane {
+    using V = typename VectorOf<Compute, bytes>::type;
+    using Bits = typename Lanes<V>::Bits;
+    static constexpr int count = bytes / sizeof(Compute);
+  };
+
+  // Of a tile, still a row to a lane.
+  template <int bytes>
+  struct Part {
+    typename Lane<bytes>::V loss, count;
+  };
+
+  // In pairs.
+  template <class V>
+  static NNFAST_INLINE double sum(V value) {
+    return across(value, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  }
+
+  // Rows at the end, copied to where more can be loaded.
+  template <int bytes>
+  NNFAST_INLINE void few(int64_t row, int count, Part<bytes>& part) const {
+    constexpr int n = Lane<bytes>::count, width = Pack<T, bytes>::lanes;
+    const int64_t classes = this->rows.classes;
+    T x[n * most_classes + width] = {};
+    int64_t targets[n];
+    Compute loss[n], slopes[3 * n];
+    std::memcpy(x, this->rows.x + row * classes, count * classes * sizeof(T));
+    std::fill_n(targets, n, this->rows.ignore_index);
+    std::copy_n(this->rows.target + row, count, targets);
+    ShortRows copy = *this;
+    BadTarget bad;
+    copy.rows.target = targets;
+    copy.rows.slopes = slopes;
+    copy.rows.rows = n;
+    copy.to.loss = loss;
+    copy.bad = &bad;
+    copy.template some<bytes, 1>(x, 0, part);
+    if (bad.found()) this->bad->at(row + bad.row);
+    for (int k = 0; k < 3; ++k)
+      std::copy_n(slopes + k * n, count, this->rows.slopes + k * this->rows.rows + row);
+    if (this->to.loss) std::copy_n(loss, count, this->to.loss + row);
+  }
+
+  // Vectors of rows: x is that of `row`.
+  template <int bytes, int count>
+  NNFAST_INLINE void some(const T* x, int64_t row, Part<bytes>& part) const {
+    using V = typename Lane<bytes>::V;
+    using B = typename Lane<bytes>::Bits;
+    using Bit = typename Lanes<B>::Element;
+    constexpr int n = Lane<bytes>::count;
+    const int classes = int(this->rows.classes);
+    alignas(64) V columns[count][most_classes];
+    V shift[count], others[count] = {}, at_target[count] = {};
+    B target[count];
+    for (int k = 0; k < count; ++k) {
+      transposed<bytes>(x + k * n * classes, classes, columns[k]);
+      target[k] = classes_of<bytes>(this->rows, row + k * n, *this->bad);
+      shift[k] = columns[k][0];
+    }
+    for (int j = 1; j < classes; ++j)
+      for (int k = 0; k < count; ++k) shift[k] = max(columns[k][j], shift[k]);
+    for (int k = 0; k < count; ++k)  // where all are -inf
+      shift[k] = max(shift[k], V{} + std::numeric_limits<Compute>::lowest());
+    for (int j = 0; j < classes; ++j)
+      for (int k = 0; k < count; ++k) {
+        const V e = Scalar<T>::Math::template exp<true>(columns[k][j] - shift[k]);
+        const auto here = target[k] == Bit(j);
+        at_target[k] = here ? columns[k][j] : at_target[k];
+        others[k] += here ? V{} : e;
+      }
+    for (int k = 0; k < count; ++k) {
+      const auto ignored = target[k] == ~Bit{};
+      const RowEnd<V> end(this->to.power, at_target[k], shift[k], others[k],
+                          picked<bytes>(this->to.alpha, target[k]), ignored);
+      store(this->rows.shift() + row + k * n, shift[k]);
+      store(this->rows.scale() + row + k * n, end.scale);
+      store(this->rows.at_target() + row + k * n, end.at_target);
+      if (this->to.loss) store(this->to.loss + row + k * n, end.loss);
+      part.loss += end.loss;
+      if (this->totals) part.count += ignored ? V{} : picked<bytes>(this->totals->weight, target[k]);
+    }
+  }
+
+  // values[target], or 1.
+  template <int bytes>
+  static NNFAST_INLINE typename Lane<bytes>::V picked(const Compute* values,
+                                                      typename Lane<bytes>::Bits target) {
+    typename Lane<bytes>::V result = typename Lane<bytes>::V{} + 1;
+    if (values)
+      for (int i = 0; i < Lane<bytes>::count; ++i)
+        if (~target[i]) result[i] = values[target[i]];
+    return result;
+  }
+
+  // Columns of a vector of rows.
+  template <int bytes>
+  static NNFAST_INLINE void transposed(const T* x, int classes, typename Lane<bytes>::V* columns) {
+    using P = Pack<T, bytes>;
+    constexpr int n = Lane<bytes>::count, width = P::lanes;
+    for (int c = 0; c < classes; c += width) {
+      const int start = std::max(0, std::min(c, classes - width));
+      P packs[n];
+      for (int k = 0; k < n; ++k) packs[k] = P::load(x + k * classes + start);
+      for (int part = 0; part < P::parts; ++part) {
+        typename Lane<bytes>::V square[n];
+        for (int k = 0; k < n; ++k) square[k] = packs[k].part[part];
+        transpose<n / 2>(square);
+        for (int k = 0; k < n; ++k)
+          if (const int j = start + k * P::parts + part; j < classes) columns[j] = square[k];
+      }
+    }
   }
 };
 
@@ -321,16 +566,41 @@ struct ShortRowsBackward : Backward<T> {
   template <class P>
   NNFAST_INLINE void some(const Places<P>* places, int64_t first, int count, const T* x, T* dx) const {
     using V = typename P::Compute;
-    alignas(64) Compute shift[P::lanes] = {}, scale[P::lanes] = {}, at_target[P::lanes];
-    std::copy_n(this->rows.shift() + first, count, shift);
-    for (int i = 0; i < count; ++i) {
-      const Compute grad = this->grad.of(first + i);
-      scale[i] = this->rows.scale()[first + i] * grad;
-      at_target[i] = this->rows.at_target()[first + i] * grad;
+    alignas(64) Compute shift[P::lanes] = {}, scale[P::lanes] = {}, at_target[P::lanes] = {};
+    alignas(64) typename Lanes<Compute>::Bits target[P::lanes];
+    const auto whole = [&](int lanes) __attribute__((always_inline)) {
+      std::copy_n(this->rows.shift() + first, lanes, shift);
+      std::copy_n(this->rows.scale() + first, lanes, scale);
+      std::copy_n(this->rows.at_target() + first, lanes, at_target);
+    };
+    bool all = false;  // rows have a target
+    if (count == P::lanes) {
+      whole(P::lanes);
+      typename P::Bits known = ~typename P::Bits{};
+      for (int i = 0; i < P::parts; ++i) {
+        constexpr int n = P::lanes / P::parts;
+        const typename P::Bits classes = classes_of<sizeof(V)>(this->rows, first + i * n, *this->bad);
+        store(target + i * n, classes);
+        known &= classes != ~typename Lanes<Compute>::Bits{};
+      }
+      all = across(known, [](auto a, auto b) __attribute__((always_inline)) { return a & b; }) != 0;
+    } else {
+      whole(count);
     }
     V shifts[P::parts], scales[P::parts];
     std::memcpy(shifts, shift, sizeof(shift));
     std::memcpy(scales, scale, sizeof(scale));
+    if (this->grad.step) {
+      for (int i = 0; i < count; ++i) {
+        const Compute grad = this->grad.of(first + i);
+        scale[i] *= grad;
+        at_target[i] *= grad;
+      }
+      std::memcpy(scales, scale, sizeof(scale));
+    } else {
+      for (int i = 0; i < P::parts; ++i) scales[i] *= *this->grad.grad;
+      for (int i = 0; i < P::lanes; ++i) at_target[i] *= *this->grad.grad;
+    }
     const int classes = int(this->rows.classes);
     for (int v = 0; v < classes; ++v) {
       P pack = P::load(x + v * P::lanes);
@@ -341,10 +611,14 @@ struct ShortRowsBackward : Backward<T> {
       }
       pack.template store<false>(dx + v * P::lanes);
     }
+    if (all) [[likely]] {
+      for (int i = 0; i < P::lanes; ++i) dx[i * classes + target[i]] = Scalar<T>::store(at_target[i]);
+      return;
+    }
     for (int i = 0; i < count; ++i) {
       T* const out = dx + i * classes;
       const int64_t target = this->class_of(first + i);
-      if (target >= 0) [[likely]]
+      if (target >= 0)
         out[target] = Scalar<T>::store(at_target[i]);
       else
         std::memset(static_cast<void*>(out), 0, classes * sizeof(T));
@@ -359,24 +633,6 @@ struct ShortRowsBackward : Backward<T> {
       return __builtin_shuffle(from[0], from[1], lane);
   }
 };
-
-// Swaps rows and columns of a square of as many vectors as a vector has lanes.
-template <int distance, class V>
-NNFAST_INLINE void transpose(V* rows) {
-  constexpr int n = sizeof(V) / sizeof(typename Lanes<V>::Element);
-  if constexpr (distance > 0) {
-    using Bits = typename Lanes<V>::Bits;
-    const Bits lane = iota<Bits>();
-    const Bits upper = lane & distance;
-    for (int i = 0; i < n; ++i) {
-      if (i & distance) continue;
-      const V a = rows[i], b = rows[i + distance];
-      rows[i] = __builtin_shuffle(a, b, upper == 0 ? lane : lane - distance + n);
-      rows[i + distance] = __builtin_shuffle(a, b, upper == 0 ? lane + distance : lane + n);
-    }
-    transpose<distance / 2>(rows);
-  }
-}
 
 // `columns` rows side by side, a row to a lane, `depth` classes of them at a time, which stay in L1.
 template <class T>
@@ -417,55 +673,18 @@ struct Tile {
     }
   }
 
-  template <int bytes>
   NNFAST_INLINE void fill(const SoftmaxRows<T>& rows, int64_t c) {
-    if (rows.inner > 1)
-      return strided(rows, c, [&](Compute& to, int64_t at) __attribute__((always_inline)) {
-        to = Scalar<T>::load(rows.x[at]);
-      });
-    // All classes: longer rows are LongRows'.
-    int done = 0;
-    if constexpr (bytes > 16 || sizeof(Compute) == 4)
-      for (; done + Vector<bytes>::lanes <= count; done += Vector<bytes>::lanes)
-        if (!transposed<bytes>(rows, done)) break;
-    const T* from = rows.x + (row + done) * rows.classes;
-    for (int64_t i = done; i < count; ++i, from += rows.classes)
-      for (int64_t j = 0; j < rows.classes; ++j) x[j][i] = Scalar<T>::load(from[j]);
-  }
-
- private:
-  // The same for a vector of contiguous rows from `i` on, or false where whole packs would pass the end.
-  template <int bytes>
-  NNFAST_INLINE bool transposed(const SoftmaxRows<T>& rows, int i) {
-    using P = Pack<T, bytes>;
-    constexpr int n = Vector<bytes>::lanes, width = P::lanes;
-    const int classes = int(rows.classes);
-    const int64_t first = row + i, last = first + n - 1;
-    if (classes < width && last * classes + width > rows.rows * classes) return false;
-    for (int c = 0; c < classes; c += width) {
-      const int start = std::max(0, std::min(c, classes - width));
-      P packs[n];
-      for (int k = 0; k < n; ++k) packs[k] = P::load(rows.x + (first + k) * classes + start);
-      for (int part = 0; part < P::parts; ++part) {
-        typename Vector<bytes>::type square[n];
-        for (int k = 0; k < n; ++k) square[k] = packs[k].part[part];
-        transpose<n / 2>(square);
-        for (int k = 0; k < n; ++k)
-          if (const int j = start + k * P::parts + part; j < classes) store(&x[j][i], square[k]);
-      }
-    }
-    return true;
+    strided(rows, c, [&](Compute& to, int64_t at) __attribute__((always_inline)) {
+      to = Scalar<T>::load(rows.x[at]);
+    });
   }
 };
 
-// Short or strided rows. begin, end: tiles
+// Strided rows. begin, end: tiles
 template <class T>
-struct TiledRows {
+struct TiledRows : Forwards<T> {
   using Compute = typename Scalar<T>::Compute;
   using Ends = RowEnds<T, Tile<T>::columns>;
-  SoftmaxRows<T> rows;
-  SoftmaxLoss<Compute> to;
-  BadTarget* bad;
 
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
@@ -474,14 +693,16 @@ struct TiledRows {
     Ends ends;
     for (int64_t i = begin; i < end; ++i) {
       tile.start(self.rows, i);
-      ends.start(self.rows, self.to, tile.row, tile.count, *self.bad);
+      ends.start(self, tile.row, tile.count);
       std::fill_n(ends.at_target, tile.count, -std::numeric_limits<Compute>::infinity());
       for (int64_t c = 0; c < self.rows.classes; c += tile.depth) {
-        tile.template fill<bytes>(self.rows, c);
+        tile.fill(self.rows, c);
         tile.template over<bytes>([&](int v)
                                       __attribute__((always_inline)) { self.add<bytes>(tile, ends, c, v); });
       }
-      ends.template finish<bytes>(self.rows, self.to, tile.row, tile.count);
+      ends.template finish<bytes>(self, tile.row, tile.count);
+      if (self.totals)
+        for (int k = 0; k < tile.count; ++k) ends.add_to(self.totals->units[i], self.totals->weight, k);
     }
   }
 
@@ -491,11 +712,14 @@ struct TiledRows {
     using Vector = typename Tile<T>::template Vector<bytes>;
     using V = typename Vector::type;
     const auto target = load<typename Vector::bits>(ends.target + v);
-    const int classes = int(std::min<int64_t>(tile.depth, rows.classes - c));
+    const int classes = int(std::min<int64_t>(tile.depth, this->rows.classes - c));
     RunningSum<V> running{load<V>(ends.shift + v), load<V>(ends.others + v)};
     V at_target = load<V>(ends.at_target + v), most = running.maximum;
     for (int j = 0; j < classes; ++j) most = max(load<V>(&tile.x[j][v]), most);
-    running.template raise<Precise>(most);
+    if (c == 0)
+      running.maximum = most;
+    else
+      running.template raise<Precise>(most);
     for (int j = 0; j < classes; ++j) {
       const V x = load<V>(&tile.x[j][v]);
       const V e = Scalar<T>::Math::template exp<true>(x - running.maximum);
@@ -537,7 +761,7 @@ struct TiledRowsBackward : Backward<T> {
       }
       for (int64_t c = 0; c < self.rows.classes; c += tile.depth) {
         const int classes = int(std::min<int64_t>(tile.depth, self.rows.classes - c));
-        tile.template fill<bytes>(self.rows, c);
+        tile.fill(self.rows, c);
         tile.template over<bytes>([&](int v) __attribute__((always_inline)) {
           const auto target = load<typename Vector::bits>(targets + v);
           const auto ignored = target == none;
@@ -561,12 +785,17 @@ struct FocalDevice : Device {
   static constexpr int64_t long_row = 64;
 
   template <class T, class Compute>
-  static void softmax_forward(const SoftmaxRows<T>& rows, const SoftmaxLoss<Compute>& to, int32_t) {
+  static void softmax_forward(const SoftmaxRows<T>& rows, const SoftmaxLoss<Compute>& to, int32_t,
+                              Totals<Compute>* totals = nullptr) {
     BadTarget bad;
+    const Forwards<T> given{rows, to, &bad, totals};
+    if (totals) totals->units.resize(is_long(rows) ? rows.rows : tiles(rows));
     if (is_long(rows))
-      parallel(rows.rows, grain(rows), LongRows<T>{rows, to, &bad});
+      parallel(rows.rows, grain(rows), LongRows<T>{given});
+    else if (rows.inner == 1)
+      parallel(tiles(rows), tile_grain(rows), ShortRows<T>{given});
     else
-      parallel(tiles(rows), tile_grain(rows), TiledRows<T>{rows, to, &bad});
+      parallel(tiles(rows), tile_grain(rows), TiledRows<T>{given});
     bad.raise(rows);
   }
 
@@ -608,6 +837,45 @@ struct FocalDevice : Device {
   }
 };
 
+// What has an implementation here alone: the losses of rows as one, without their own memory.
+struct CpuFocalLoss : FocalLoss<FocalDevice> {
+  // (sum of losses / denominator, denominator, slopes). The denominator is one, or the mean's: how many rows
+  // are not ignored, or the sum of their weights.
+  static std::tuple<Tensor, Tensor, Tensor> total(const Tensor& x, const Tensor& target, const Alpha& alpha,
+                                                  const Alpha& weight, double gamma, int64_t ignore_index,
+                                                  bool mean) {
+    return dispatch(softmax_name, x, [&](auto element) {
+      using T = decltype(element);
+      using Compute = typename Scalar<T>::Compute;
+      const Arguments<T> arguments(x, target);
+      const Alpha alphas = arguments.per_class("alpha", alpha);
+      const Alpha weights = arguments.per_class("weight", weight);
+      check_gamma(softmax_name, gamma);
+      Tensor slopes = arguments.new_slopes();
+      Totals<Compute> totals{{}, arguments.values(weights)};
+      FocalDevice::softmax_forward(
+          arguments.rows(slopes.mutable_data_ptr(), ignore_index),
+          SoftmaxLoss<Compute>{nullptr, arguments.values(alphas), Power<Compute>(gamma)}, -1, &totals);
+      const auto sum = totals.all();
+      const double denominator = mean ? sum.count : 1;
+      return std::make_tuple(scalar<Compute>(x, sum.loss / denominator), scalar<Compute>(x, denominator),
+                             slopes);
+    });
+  }
+
+ private:
+  template <class Compute>
+  static Tensor scalar(const Tensor& like, double value) {
+    Tensor result = torch::stable::new_empty(
+        like, {}, std::make_optional(sizeof(Compute) == 8 ? ScalarType::Double : ScalarType::Float));
+    *static_cast<Compute*>(result.mutable_data_ptr()) = Compute(value);
+    return result;
+  }
+};
+
 }  // namespace nnfast::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) { nnfast::FocalLoss<nnfast::cpu::FocalDevice>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
+  nnfast::cpu::CpuFocalLoss::add_to(m);
+  m.impl("softmax_focal_loss_total", TORCH_BOX(&nnfast::cpu::CpuFocalLoss::total));
+}

@@ -79,7 +79,7 @@ __device__ void write_row(const SoftmaxRows<T>& rows, const SoftmaxLoss<Compute>
     const Compute q_to_gamma = to.power.template of<Precise>(at.q);
     const Compute slope = at.slope(to.power, alpha, q_to_gamma);
     loss = alpha * q_to_gamma * at.cross_entropy;
-    scale = slope / at.sum;
+    scale = slope * at.inverse;
     at_target = -slope * at.q;
   }
   to.loss[row] = loss;

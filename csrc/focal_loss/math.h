@@ -35,29 +35,26 @@ struct Power {
 // exp(x_j - shift) over j != t.
 template <class T>
 struct TargetClass {
-  T sum, p, q, cross_entropy;  // sum: over all j
+  T sum, inverse, p, q, cross_entropy;  // sum: over all j; inverse: 1 / sum
 
   NNFAST_INLINE TargetClass(T distance, T others) {
     const T mine = Precise::exp(distance);
     sum = others + mine;
-    p = mine / sum;
-    q = others / sum;
+    inverse = 1 / sum;
+    p = mine * inverse;
+    q = others * inverse;
     // -log p_t = log(1 + others / mine) keeps its digits where it is small; `mine` may be 0 elsewhere.
-    cross_entropy =
-        Precise::log1p(mine > others ? others / mine : sum - 1) - (mine > others ? T{} : distance);
+    cross_entropy = Precise::log_of_sum(mine, others) - (mine > others ? T{} : distance);
   }
 
   // k in dloss/dx_j = k (p_j - delta_jt). Towards q = 0 the ratio of cross entropy and q goes to 1, and
   // towards p_t = 0 the product of p_t and cross entropy to 0.
   template <class Compute>
   NNFAST_INLINE T slope(const Power<Compute>& power, T alpha, T q_to_gamma) const {
-    T slope = alpha * q_to_gamma;
-    if (power.gamma != 0) {
-      const T ratio = q == Compute(0) ? T{} + 1 : cross_entropy / q;
-      const T product = p == Compute(0) ? T{} : p * ratio;
-      slope = slope * (1 + power.gamma * product);
-    }
-    return slope;
+    if (power.gamma == 0) return alpha;
+    if (power.gamma == 2) return alpha * q * (q + 2 * (p == Compute(0) ? T{} : p * cross_entropy));
+    const T ratio = q == Compute(0) ? T{} + 1 : cross_entropy / q;
+    return alpha * q_to_gamma * (1 + power.gamma * (p == Compute(0) ? T{} : p * ratio));
   }
 };
 

@@ -63,18 +63,13 @@ struct FocalLoss {
       using T = decltype(element);
       const Arguments<T> arguments(x, target);
       using Compute = typename Scalar<T>::Compute;
-      Alpha weights;
-      if (alpha) {
-        arguments.check_tensor("alpha", *alpha, {x.size(1)});
-        weights = contiguous(*alpha);
-      }
+      const Alpha weights = arguments.per_class("alpha", alpha);
       check_gamma(softmax_name, gamma);
       const auto dtype = std::make_optional(arguments.dtype);
       Tensor loss = torch::stable::new_empty(x, target.sizes(), dtype);
-      Tensor slopes = torch::stable::new_empty(x, {3, x.size(0), x.size(2)}, dtype);
-      const SoftmaxLoss<Compute> to{
-          static_cast<Compute*>(loss.mutable_data_ptr()),
-          weights ? static_cast<const Compute*>(weights->const_data_ptr()) : nullptr, Power<Compute>(gamma)};
+      Tensor slopes = arguments.new_slopes();
+      const SoftmaxLoss<Compute> to{static_cast<Compute*>(loss.mutable_data_ptr()),
+                                    Arguments<T>::values(weights), Power<Compute>(gamma)};
       Device::softmax_forward(arguments.rows(slopes.mutable_data_ptr(), ignore_index), to,
                               x.get_device_index());
       return std::make_tuple(loss, slopes);
@@ -132,7 +127,7 @@ struct FocalLoss {
     library.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_backward));
   }
 
- private:
+ protected:
   static void check_gamma(const char* name, double gamma) {
     check(gamma >= 0, name, ": gamma is ", gamma, "; it needs to be at least 0");
   }
@@ -158,6 +153,10 @@ struct FocalLoss {
       target = contiguous(target);
     }
 
+    Tensor new_slopes() const {
+      return torch::stable::new_empty(x, {3, x.size(0), x.size(2)}, std::make_optional(dtype));
+    }
+
     SoftmaxRows<T> rows(void* slopes, int64_t ignore_index) const {
       return {static_cast<const T*>(x.const_data_ptr()),
               static_cast<const int64_t*>(target.const_data_ptr()),
@@ -166,6 +165,17 @@ struct FocalLoss {
               x.size(1),
               x.size(2),
               target.numel()};
+    }
+
+    // A value for each class, or none.
+    Alpha per_class(const char* name, const Alpha& given) const {
+      if (!given) return given;
+      check_tensor(name, *given, {x.size(1)});
+      return contiguous(*given);
+    }
+
+    static const Compute* values(const Alpha& given) {
+      return given ? static_cast<const Compute*>(given->const_data_ptr()) : nullptr;
     }
 
     void check_tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,

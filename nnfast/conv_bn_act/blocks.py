@@ -6,8 +6,9 @@ passes; in inference they are part of the convolution (`fold`). `CONV_BN_ACT` de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from ..core.operator import transformed
 from ..core.snapshot import hooked
 from . import fold, links
 from .module import activation_code, batch_norm_act, norm_of, normalise
-from .op import BATCH_NORM_ACT, again
+from .op import BATCH_NORM_ACT, again, recomputing
 
 NAME = "conv_bn_act"
 
@@ -507,27 +508,29 @@ def run(
         fold.forget(unit.conv, unit.bn)
     known = _known(unit)
     act, slope = known or ("identity", 0.01)
-    if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):
-        residual, projection = fold.run(projection[0].conv, projection[0].bn, projection[1]), None
-    if projection is not None and (found := _infer(projection[0], projection[1])) is not None:
-        residual, projection = found, None
+    if projection is not None:
+        found = _infer(projection[0], projection[1])
+        if found is not None:
+            residual, projection = found, None
     for observe in observers:
         observe(x, CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope))
-    if projection is None and (found := _infer(unit, x, residual)) is not None:
-        y = found
-    elif projection is None and CONV_BN_ACT.folds(unit.conv, unit.bn, x, residual, act, slope):
-        y = fold.run(unit.conv, unit.bn, x, residual, act, slope)
-    else:
+    y = None if projection is not None else _infer(unit, x, residual, act, slope)
+    if y is None:
         y = _unfolded(unit, x, residual, projection, act, slope, via)
     return y if known else _activate(unit, y)
 
 
-def _infer(unit: Unit, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
-    """One unit without its unknown activation by our own convolution, in inference, if that is the choice."""
-    if unit.bn.training or not (_ours_possible(x) or _winograd_possible(unit.conv, x)):
+def _infer(
+    unit: Unit, x: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
+) -> Tensor | None:
+    """One unit with the batch norm in the convolution, if that is the choice: in ours, or in torch's."""
+    if unit.bn.training:
         return None
-    act, slope = _known(unit) or ("identity", 0.01)
-    return links.infer(unit.conv, unit.bn, x, residual, activation_code(act), slope)
+    arguments = (unit.conv, unit.bn, x, residual, act, slope)
+    y = fold.run_again(*arguments) if forced() is None else None
+    if y is None and (_ours_possible(x) or _winograd_possible(unit.conv, x)):
+        y = links.infer(*arguments)
+    return CONV_BN_ACT.infer(*arguments) if y is None else y
 
 
 def _ours_possible(x: Tensor) -> bool:
@@ -567,6 +570,10 @@ def _unfolded(
     slope: float,
     via: Via,
 ) -> Tensor:
+    if via is None and _small(unit, x) and (projection is None or _small(*projection)):
+        y = _by_torch(unit, x, residual, projection, act, slope)
+        if y is not None:
+            return y
     y, offset = _convolve(unit, x, via)
     bn, residual_bn, residual_offset = unit.bn, None, None
     if projection is not None:
@@ -587,6 +594,89 @@ def _unfolded(
     return _FUNCTIONS[act](y, slope)
 
 
+class Extent(NamedTuple):
+    """What of some modules decides from which size of images on kernels of ours are the choice in training.
+
+    Attributes:
+        channels: of the widest batch norm.
+        winograd: there is a convolution that Winograd's serves, if there are pixels enough.
+    """
+
+    channels: int
+    winograd: bool
+
+    def small(self, x: Tensor) -> bool:
+        """x is so small that torch's own are, told at once."""
+        if not x.is_cpu or forced() is not None:
+            return False
+        pixels = x.numel() // max(x.shape[1], 1)
+        if self.winograd and pixels >= 4 * tuning.WINOGRAD.tiles:
+            return False
+        return pixels * self.channels < BATCH_NORM_ACT.least[x.element_size() < 4]
+
+
+def extent(modules: Iterable[nn.Module]) -> Extent:
+    """That of convolutions and batch norms among modules."""
+    channels, winograd = 0, False
+    for each in modules:
+        if isinstance(each, nn.BatchNorm2d):
+            channels = max(channels, each.num_features)
+        elif isinstance(each, nn.Conv2d) and each.kernel_size == (3, 3) and each.groups == 1:
+            least = min(each.in_channels, each.out_channels)
+            winograd = winograd or (each.stride == (1, 1) and least >= tuning.WINOGRAD.channels)
+    return Extent(channels, winograd)
+
+
+def _small(unit: Unit, x: Tensor) -> bool:
+    """The unit trains on a small image, and goes wrong no later than a unit of ours would."""
+    conv, bn = unit.conv, unit.bn
+    plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and conv.out_channels == bn.num_features
+    return plain and bn.training and x.dim() == 4 and extent((conv, bn)).small(x)
+
+
+def _by_torch(
+    unit: Unit,
+    x: Tensor,
+    residual: Tensor | None,
+    projection: tuple[Unit, Tensor] | None,
+    act: str,
+    slope: float,
+) -> Tensor | None:
+    """The modules themselves, one after another; None for what is to raise before statistics change."""
+    y: Tensor = unit.conv(x)
+    values = y.numel() // unit.conv.out_channels
+    if values < 2 or (residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype)):
+        return None
+    z = None
+    if projection is not None:
+        z = projection[0].conv(projection[1])
+        if z.shape != y.shape or z.dtype != y.dtype:
+            return None
+    y = _once(unit.bn, y)
+    if z is not None:
+        residual = _once(projection[0].bn, z)  # type: ignore[index]
+    if residual is not None:
+        y += residual
+    return F.relu_(y) if act == "relu" else _FUNCTIONS[act](y, slope)
+
+
+def _once(bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
+    """bn(y) in training; a forward that checkpointing repeats does not count again."""
+    with kept_statistics([bn]) if recomputing() else nullcontext():
+        return bn(y)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def kept_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Batch norms have the buffers afterwards that they had before."""
+    before = [(buffer, buffer.clone()) for bn in norms for buffer in bn.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            buffer.data.copy_(values)  # which autograd has saved, and never reads
+
+
 def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
     """The convolution's result, and its bias if that was left out: the batch norm takes it away."""
     conv, bn = unit.conv, unit.bn
@@ -599,9 +689,10 @@ def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
     grad = torch.is_grad_enabled() and weight.requires_grad
     if grad and via is not None:
         weight = _contiguous_gradient(weight)
-    weight_first = grad and bias is None and _weight_first_serves(conv, x)
+    less = grad and ((via is not None and x is via[1]) or _saving_pays(conv))
+    weight_first = less and bias is None and _weight_first_serves(conv, x)
     kernels = _winograd(conv, x)
-    with _saving_less(x, via) if grad else nullcontext():
+    with _saving_less(x, via) if less else nullcontext():
         if weight_first:
             y: Tensor = _weight_first(x, weight, conv, x.grad_fn, kernels)
             return y, offset
@@ -633,6 +724,14 @@ def _saving_less(x: Tensor, via: Via) -> AbstractContextManager[Any]:
         lambda saved: made if saved.data_ptr() == pointer else saved,
         lambda kept: kept.compute() if isinstance(kept, _Again) else kept,
     )
+
+
+_PRODUCTS = 512
+"""Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
+
+
+def _saving_pays(conv: nn.Conv2d) -> bool:
+    return conv.weight.numel() >= _PRODUCTS * conv.in_channels * conv.stride[0] * conv.stride[1]
 
 
 def _weight_first_serves(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -816,24 +915,14 @@ class ConvBNActOp(Op):
         unit = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
         return *unit.requires_grad_(False).eval().to(x.device), x
 
-    def folds(
-        self,
-        conv: nn.Module,
-        bn: nn.Module,
-        x: Tensor,
-        residual: Tensor | None = None,
-        act: str = "identity",
-        slope: float = 0.01,
-    ) -> bool:
-        """Whether the choice is `folded`: what `choose` would say, without asking the others."""
+    def infer(self, *arguments: Any) -> Tensor | None:
+        """The result, if the choice is `folded`: what `choose` would say, without asking the others."""
         name = forced()
-        if bn.training and name is None:
-            fold.forget(conv, bn)
-            return False
-        arguments = (conv, bn, x, residual, act, slope)
-        if name is not None:
-            return self.choose(*arguments).name == "folded" if name == "folded" else False
-        return not fold.why_not(*arguments) and not fold.not_worth(*arguments)
+        if name == "folded":
+            self.choose(*arguments)
+        elif name is not None or fold.why_not(*arguments) or fold.not_worth(*arguments):
+            return None
+        return fold.run(*arguments)
 
 
 def _run_unit(
@@ -884,29 +973,55 @@ def _stand_in(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
 def explain_units(
     units: Sequence[Unit], x: Tensor, residual: Tensor | None, shortcut: nn.Module | None = None
 ) -> Explanation:
-    """Who serves each unit of a chain; `conv2: ` before a reason says whose it is."""
+    """Who serves each unit of a chain; `conv2: ` before a reason says whose it is.
+
+    Beside the backends stands `conv2d_act`: why the convolutions are not ours, with statistics and batch norm
+    in them, but torch's.
+    """
     found: dict[str, Explanation] = {}
+    ours: dict[str, tuple[str, list[str]]] = {}
     parts = None if shortcut is None else _parts(shortcut)
+    chained = all(links.of_batch(unit.bn) for unit in (*units, *(parts or ())))
+
+    def ask(name: str, unit: Unit, x: Tensor, residual: Tensor | None, of_chain: Tensor) -> None:
+        known = ("identity", 0.01) if name == "shortcut" else _known(unit)
+        act, slope = known or ("identity", 0.01)
+        found[name] = CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope)
+        ours[name] = links.explain(unit.conv, unit.bn, of_chain if chained else x, residual)
+        if chained and known is None:
+            ours[name] = "", [*ours[name][1], "the activation is another module, in training called as it is"]
+
     y = x
     for i, unit in enumerate(units):
         last = i == len(units) - 1
         if last and parts:
-            found["shortcut"] = CONV_BN_ACT.explain(parts[0].conv, parts[0].bn, x)
+            ask("shortcut", parts[0], x, None, x)
             residual = _stand_in(parts[0].conv, parts[0].bn, x)
         elif last and parts is None and shortcut is not None:
             residual = _stand_in(unit.conv, unit.bn, y).contiguous()
-        act, slope = _known(unit) or ("identity", 0.01)
-        found[f"conv{i + 1}"] = CONV_BN_ACT.explain(
-            unit.conv, unit.bn, y, residual if last else None, act, slope
-        )
+        ask(f"conv{i + 1}", unit, y, residual if last else None, x)
         y = _stand_in(unit.conv, unit.bn, y)
+    all_or_none = chained and any(reasons for _, reasons in ours.values())
+    for name, (backend, reasons) in ours.items():
+        if all_or_none and not reasons:
+            reasons.append("in training ours serves all convolutions of a chain, or none")
+        found[name] = _with_ours(found[name], backend, reasons)
     if len(found) == 1:
         return found["conv1"]
-    reasons = {
-        b.name: _merged({n: one.reasons[b.name] for n, one in found.items()}) for b in CONV_BN_ACT.backends
-    }
+    merged = {key: _merged({n: e.reasons[key] for n, e in found.items()}) for key in found["conv1"].reasons}
     chosen = next((one.backend for one in found.values() if one.backend != "folded"), "folded")
-    return Explanation(NAME, chosen, reasons, found["conv1"].forced, describe((x,), {}))
+    return Explanation(NAME, chosen, merged, found["conv1"].forced, describe((x,), {}))
+
+
+def _with_ours(found: Explanation, backend: str, reasons: list[str]) -> Explanation:
+    """With a line for a convolution of our own: that it serves, before all others, or why it does not."""
+    if reasons:
+        return replace(found, reasons=found.reasons | {CONV2D_ACT.name: reasons})
+    others = {
+        name: [] if name == backend else why or ["our own convolution comes first"]
+        for name, why in found.reasons.items()
+    }
+    return replace(found, backend=backend, reasons=others | {CONV2D_ACT.name: []})
 
 
 def _merged(reasons: dict[str, list[str]]) -> list[str]:

@@ -11,6 +11,7 @@ as it writes the convolution's result; on CUDA cuDNN does, for relu.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,16 +21,24 @@ from torch import Tensor, nn
 
 from ..activation.module import mish, silu
 from ..convolution import winograd
+from ..core.op import forced
 from ..core.operator import plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
 
 _SHAPES = 4
 """Shapes of input for which reordered weights are kept."""
 
+_CALLS = 64
+"""Kinds of calls of which it is remembered that a pair serves them."""
+
 _QUICK_INPUT, _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
 """Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
 than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
 that time."""
+
+
+Run = Callable[..., Tensor]
+"""Takes a `Folded`, its convolution, x, a residual or None, an activation and leaky_relu's slope."""
 
 
 class Folded:
@@ -38,7 +47,7 @@ class Folded:
     Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
-    __slots__ = ("bias", "eps", "reordered", "snapshot", "transformed", "weight")
+    __slots__ = ("bias", "calls", "eps", "reordered", "snapshot", "transformed", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
         sources = _sources(conv, bn)
@@ -52,7 +61,19 @@ class Folded:
             self.bias = (shift * scale if beta is None else shift * scale + beta).float()
             self.weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)  # type: ignore[union-attr,operator]
         self.reordered: dict[tuple[int, ...], Tensor] = {}
+        self.calls: dict[tuple[Any, ...] | None, Run] = {}
         self.transformed: Tensor | None = None
+
+    def run(
+        self, how: Run, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+    ) -> Tensor:
+        """The chosen way to run a call, remembered for calls like it."""
+        call = _call(x, residual, act)
+        if call is not None and forced() is None:
+            if len(self.calls) >= _CALLS:
+                self.calls = {}
+            self.calls[call] = how
+        return how(self, conv, x, residual, act, negative_slope)
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
@@ -129,6 +150,11 @@ def plain_norm(bn: nn.Module) -> bool:
     return not _unplain("bn", bn, _NORMS)
 
 
+def unplain(conv: nn.Module, bn: nn.Module) -> list[str]:
+    """Why calling a convolution or a batch norm does something else, or more."""
+    return [r for r in (_unplain("conv", conv, _CONVS), _unplain("bn", bn, _NORMS)) if r]
+
+
 def _unplain(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:
     if type(module) not in kinds:
         return f"{name} is a {type(module).__name__}; it needs to be {' or '.join(k.__name__ for k in kinds)}"
@@ -156,8 +182,7 @@ def why_not(
 
 def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> list[str]:
     """Every reason why the batch norm cannot be folded into the convolution for this call."""
-    reasons = [r for r in (_unplain("conv", conv, _CONVS), _unplain("bn", bn, _NORMS)) if r]
-    if reasons:
+    if reasons := unplain(conv, bn):
         return reasons
     assert isinstance(conv, nn.Conv2d)
     sources = _sources(conv, bn)
@@ -250,6 +275,32 @@ def not_worth(
 # --- the call -----------------------------------------------------------------------------------------------
 
 
+def run_again(
+    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor | None:
+    """What a call like one before gives, on the CPU and without autograd, if nothing has changed that who
+    serves depends on; None if it is not known."""
+    of_conv = _FOLDED.get(conv)
+    found = None if of_conv is None else of_conv.get(bn)
+    if found is None:
+        return None
+    how = found.calls.get(_call(x, residual, act))
+    if how is None or unplain(conv, bn) or not found.holds(conv, bn):  # type: ignore[arg-type]
+        return None
+    return how(found, conv, x, residual, act, negative_slope)
+
+
+def _call(x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | None:
+    """What who serves a call depends on, beside the modules; None where it is asked every time."""
+    if not x.is_cpu or type(x) is not Tensor or x.layout is not torch.strided or torch.is_grad_enabled():
+        return None
+    state = (torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled())
+    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, *state)
+    if residual is not None:
+        call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
+    return call
+
+
 def run(
     conv: nn.Module,
     bn: nn.Module,
@@ -260,7 +311,12 @@ def run(
 ) -> Tensor:
     """act(bn(conv(x)) [+ residual]) where `why_not` knows no reason against it; laid out as torch does."""
     assert isinstance(conv, nn.Conv2d)
-    found = folded(conv, bn)
+    return folded(conv, bn).run(_by_torch, conv, x, residual, act, negative_slope)
+
+
+def _by_torch(
+    found: Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor:
     padding: Any = conv.padding
     if isinstance(padding, str) or conv.padding_mode != "zeros":
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode

@@ -26,7 +26,7 @@ from ..convolution.op import run as convolve_and_act
 from ..convolution.reference import convolve
 from ..core.operator import compute_dtype, convolved_size
 from . import fold, reference
-from .module import count_batch, norm_of
+from .module import activation_code, count_batch, norm_of
 from .op import BATCH_NORM_ACT, Norm, check, enter_running, merge_statistics, recomputing, run
 
 
@@ -46,22 +46,64 @@ def convolutions(links: Sequence[Link], x: Tensor, projection: Link | None) -> C
     found = None
     size: Sequence[int] = x.shape
     for link in (*links, *([projection] if projection else [])):
-        conv, bn = link.conv, link.bn
         if link is projection:
             size = x.shape
-        simple = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        if not simple or conv.in_channels != size[1] or not (bn.training or bn.running_mean is None):
+        if link.conv.in_channels != size[1] or not of_batch(link.bn) or _unlinked(link.conv, link.bn):
             return None
-        if isinstance(bn, nn.SyncBatchNorm) or getattr(bn, "process_group", None) is not None:
-            return None
-        given, weight = cast(x), cast(conv.weight)
-        found = CONV2D_ACT.ours(
-            given, weight, None, None, None, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
-        size = convolved_size(size, weight.shape, conv.stride, conv.padding)
+        found = CONV2D_ACT.ours(*_arguments(link.conv, x))
+        size = convolved_size(size, link.conv.weight.shape, link.conv.stride, link.conv.padding)
         if found is None or min(size) < 1:
             return None
     return found
+
+
+def _arguments(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...]:
+    """As `CONV2D_ACT` takes them."""
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return cast(x), cast(conv.weight), None, None, None, *options
+
+
+def of_batch(bn: Any) -> bool:
+    """A batch norm normalises with the statistics of the batch."""
+    return bool(bn.training or getattr(bn, "running_mean", None) is None)
+
+
+def _unlinked(conv: nn.Conv2d, bn: Any) -> list[str]:
+    """Why the modules cannot be a link of a chain that trains."""
+    shared = isinstance(bn, nn.SyncBatchNorm) or getattr(bn, "process_group", None) is not None
+    return _unpadded(conv) + ["bn shares its statistics with other processes"] * shared
+
+
+def _unpadded(conv: nn.Conv2d) -> list[str]:
+    """Why our convolution does not pad as conv does."""
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return []
+    return [f"padding is {conv.padding!r}, by {conv.padding_mode}; our kernels take numbers, of zeros"]
+
+
+def explain(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[str, list[str]]:
+    """Whose convolution of our own serves a unit, in training as a link of a chain; or every reason why none.
+
+    Of a chain the others may still refuse.
+    """
+    linked = of_batch(bn)
+    reasons = fold.unplain(conv, bn) if linked else fold.folding_why_not(conv, bn, x, residual)
+    if not reasons and x.dim() != 4:
+        reasons = [f"x has shape {list(x.shape)}; our kernels take (N, C, H, W)"]
+    if not reasons:
+        assert isinstance(conv, nn.Conv2d)
+        reasons = _unlinked(conv, bn) if linked else _unpadded(conv)
+    if reasons:
+        return "", reasons
+    found = CONV2D_ACT.explain(*_arguments(conv, x))  # type: ignore[arg-type]
+    if found.backend and found.backend not in THEIRS:
+        return found.backend, []
+    given = [(name, reason) for name, why in found.reasons.items() for reason in why if name not in THEIRS]
+    return "", [f"{name}: {reason}" for name, reason in given]
+
+
+THEIRS = ("aten", "reference")
+"""Backends of a convolution that fuse nothing."""
 
 
 def cast(x: Tensor) -> Tensor:
@@ -78,10 +120,13 @@ def train(
     residual: Tensor | None,
     projection: Link | None,
 ) -> Tensor:
-    """The links one after another; the last adds the residual or the projection of x."""
+    """The links one after another; the last adds the residual or the projection of x.
+
+    In backward the gradient that x has from there is added in the first convolution's.
+    """
     first, last = links[0].conv, links[-1]
     norms = BATCH_NORM_ACT.in_triton
-    u, parts = _convolved(kernels, first, x)
+    u, parts, again = _convolved(kernels, first, x)
     for link, following in itertools.pairwise(links):
         norm = norm_of(link.bn, u, link.conv.bias)
         check(u, norm, None, None)
@@ -95,9 +140,11 @@ def train(
     of_last: tuple[Tensor, ...] = merge_statistics(parts)
     if projection is not None:
         conv = projection.conv
-        residual, parts = _convolved(kernels, conv, x)
+        residual, parts, _ = _convolved(kernels, conv, again)
         residual_norm = norm_of(projection.bn, residual, conv.bias)
         of_last += merge_statistics(parts)
+    elif residual is x:
+        residual = again
     elif residual is not None:
         residual = residual.to(u.dtype) if torch.is_autocast_enabled(u.device.type) else residual
     check(u, norm, residual, residual_norm)
@@ -107,7 +154,7 @@ def train(
     return run(norms, u, norm, residual, residual_norm, last.act, last.slope, of_last)
 
 
-def _convolved(kernels: Convolutions, conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def _convolved(kernels: Convolutions, conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padding: Any = conv.padding
     return with_statistics(kernels, cast(x), cast(conv.weight), conv.stride, padding)
 
@@ -129,29 +176,36 @@ def _prologue(
 
 
 def infer(
-    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: int, slope: float
+    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, slope: float
 ) -> Tensor | None:
     """act(bn(conv(x)) + residual) by our convolution, the batch norm in it; None if not the choice."""
-    if bn.training or fold.folding_why_not(conv, bn, x, residual):
+    if fold.folding_why_not(conv, bn, x, residual):
         return None
     assert isinstance(conv, nn.Conv2d)
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if _unpadded(conv):
         return None
     found = fold.folded(conv, bn)
+    padding: Any = conv.padding
     arguments = (
         x, found.weight, found.bias, residual, None,
-        conv.stride, conv.padding, conv.dilation, conv.groups, act, slope,
+        conv.stride, padding, conv.dilation, conv.groups, activation_code(act), slope,
     )  # fmt: skip
     kernels = CONV2D_ACT.ours(*arguments)
     if kernels is None:
         return None
     if kernels is not CONV2D_ACT.on_cpu:
         return convolve_and_act(kernels, *arguments)
-    none = (None, None, None, IDENTITY, 0.0)
-    tail = (list(conv.stride), list(conv.padding), act, slope, False)
+    return found.run(_by_winograd, conv, x, residual, act, slope)
+
+
+def _by_winograd(
+    found: fold.Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, slope: float
+) -> Tensor:
+    none, padding = (None, None, None, IDENTITY, 0.0), [int(p) for p in conv.padding]
     return winograd.forward(
-        x, found.weight, found.bias, residual, *none, *tail, transformed=found.transform()
-    )[0]
+        x, found.weight, found.bias, residual, *none, [1, 1], padding, activation_code(act), slope, False,
+        found.transform(),
+    )[0]  # fmt: skip
 
 
 class _NormConv(torch.autograd.Function):

@@ -89,9 +89,7 @@ def _fake_forward(overload: str, x: Tensor, weight: Tensor, *args: Any) -> tuple
         return y, x.new_empty(0, dtype=dtype)
     parts = 1
     if overload == "triton":
-        rows = size[0] * size[2] * size[3]
-        config = tuning.conv_config(rows, weight.shape[0], x.shape[1], x.element_size())
-        parts = (rows + config.rows - 1) // config.rows
+        parts = _in_triton("plan")(x, weight, stride, padding).parts
     return y, x.new_empty((3, parts, weight.shape[0]), dtype=dtype)
 
 
@@ -159,7 +157,9 @@ def wide(value: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 class _Conv2dAct(torch.autograd.Function):
-    """y, and its statistics, which are not differentiable. What it saves is said at the top."""
+    """y, its statistics, which are not differentiable, and, through, x again: a gradient that comes to it is
+    added as x's own is written. What it saves is said at the top.
+    """
 
     @staticmethod
     def forward(
@@ -174,7 +174,8 @@ class _Conv2dAct(torch.autograd.Function):
         options: Options,
         kernels: Kernels,
         with_statistics: bool,
-    ) -> tuple[Tensor, Tensor]:
+        through: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         vectors = [wide(t, x) for t in (bias, center, scale, shift)]
         y, statistics = kernels.forward(
             x, weight, vectors[0], residual, *vectors[1:], *options, with_statistics
@@ -184,15 +185,19 @@ class _Conv2dAct(torch.autograd.Function):
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, weight, center, scale, shift, None if options.act == IDENTITY else y)
         ctx.mark_non_differentiable(statistics)
-        return y, statistics
+        ctx.set_materialize_grads(False)
+        return y, statistics, x.view_as(x) if through else None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None, added: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return added, *[None] * 10
         saved = ctx.saved_tensors
-        requires = any(t is not None and t.requires_grad for t in (grad, *saved))
+        requires = any(t is not None and t.requires_grad for t in (grad, added, *saved))
         batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
         formula = batched or (requires and torch.is_grad_enabled())
-        return *(_gradients_by_formula if formula else _gradients)(ctx, grad, *saved), None, None, None
+        found = (_gradients_by_formula if formula else _gradients)(ctx, grad, added, *saved)
+        return *found, *[None] * 4
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -201,6 +206,7 @@ Gradients = tuple[Tensor | None, ...]
 def _gradients(
     ctx: Any,
     grad: Tensor,
+    added: Tensor | None,
     x: Tensor,
     weight: Tensor,
     center: Tensor | None,
@@ -223,7 +229,7 @@ def _gradients(
     if need_x or any(need_prologue):
         of_prologue = (x if scale is not None else None, *prologue)
         dx, sum_dz, sum_dz_x = kernels.input_gradient(
-            grad, y, weight, None, *of_prologue, list(x.shape), *tail, True
+            grad, y, weight, added, *of_prologue, list(x.shape), *tail, True
         )
     if need_weight or need_bias:
         dweight, dbias = kernels.weight_gradient(
@@ -244,6 +250,7 @@ def _gradients(
 def _gradients_by_formula(
     ctx: Any,
     grad: Tensor,
+    added: Tensor | None,
     x: Tensor,
     weight: Tensor,
     center: Tensor | None,
@@ -270,16 +277,22 @@ def _gradients_by_formula(
             z = torch.where(y > 0 if options.act == LEAKY_RELU else ~(y <= 0), z, below)
         wanted = [p for p, need in zip(places, needs, strict=True) if need]
         found = iter(torch.autograd.grad(z.to(x.dtype), wanted, grad, create_graph=create_graph))
-    return tuple(next(found) if need else None for need in needs)
+    dx, *others = (next(found) if need else None for need in needs)
+    return dx if dx is None or added is None else dx + added, *others
 
 
 def with_statistics(
     kernels: Kernels, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """conv2d(x, weight) and its statistics, which are not differentiable."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """conv2d(x, weight), its statistics, which are not differentiable, and x.
+
+    Who else uses x takes that one: its gradient is added in the convolution's, without a pass of its own.
+    """
     options = Options(IDENTITY, 0.0, list(stride), list(padding), IDENTITY, 0.0)
-    y, statistics = _Conv2dAct.apply(x, weight, *[None] * 5, options, kernels, True)  # type: ignore[no-untyped-call]
-    return y, statistics
+    through = x.requires_grad and torch.is_grad_enabled()
+    arguments = (x, weight, *[None] * 5, options, kernels, True, through)
+    y, statistics, again = _Conv2dAct.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y, statistics, again if through else x
 
 
 def plain_convolution(
@@ -341,7 +354,7 @@ def run(
     later = differentiates and not _told_from_result(act, slope)
     options = Options(*of_prologue, list(stride), list(padding), IDENTITY if later else act, slope)
     if differentiates:
-        y: Tensor = _Conv2dAct.apply(*tensors, options, kernels, False)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Conv2dAct.apply(*tensors, options, kernels, False, False)[0]  # type: ignore[no-untyped-call]
     else:
         vectors = [wide(t, x) for t in (bias, *before)]
         y = kernels.forward(x, weight, vectors[0], residual, *vectors[1:], *options, False)[0]

@@ -214,7 +214,8 @@ class Explanation:
     Attributes:
         op: the operation's name.
         backend: the name of the backend that serves the call; None if none can.
-        reasons: for each backend every reason why it does not serve; [] for the one that does.
+        reasons: for each backend every reason why it does not serve; [] for the one that does. Of residual
+            blocks also, as `conv2d_act`, why convolutions are torch's; [] if they are nnfast's.
         forced: the forced backend's name, or None.
         arguments: the call in words.
     """
@@ -228,8 +229,11 @@ class Explanation:
     def __str__(self) -> str:
         serves = f"served by {self.backend}" if self.backend else "served by none"
         lines = [f"nnfast.{self.op}{self.arguments}: {serves}"]
+        width = max(map(len, [*self.reasons, "reference"])) + 1
         for name, reasons in self.reasons.items():
-            lines.append(f"  {name:<10}{'serves' if name == self.backend else '; '.join(reasons)}")
+            lines.append(
+                f"  {name:<{width}}{'serves' if name == self.backend else '; '.join(reasons) or 'serves'}"
+            )
         return "\n".join(lines)
 
 

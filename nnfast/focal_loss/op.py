@@ -1,19 +1,23 @@
 """Focal loss as operations: schemas, fakes, autograd, and who can serve.
 
-Four opaque operators, and the same again as overload `triton`:
+Four opaque operators, and the same again as overload `triton`; and one with a kernel on the CPU alone, where
+it saves the losses' way through memory and torch's passes over them:
 
     nnfast::softmax_focal_loss(x, target, alpha, gamma, ignore_index) -> (loss, slopes)
     nnfast::softmax_focal_loss_backward(grad, x, target, slopes, ignore_index) -> gradient
     nnfast::sigmoid_focal_loss(x, target, alpha, gamma) -> loss
     nnfast::sigmoid_focal_loss_backward(grad, x, target, alpha, gamma) -> gradient
+    nnfast::softmax_focal_loss_total(x, target, alpha, weight, gamma, ignore_index, mean)
+        -> (sum of losses / denominator, denominator, slopes)
 
 A linear layer with its loss, `LINEAR`, has no operator of its own: it calls the first two, a chunk of rows at
 a time.
 
-The first two take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
-float64 for float64, else float32. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
-reference.py makes a row's gradient of, without a sum over the row. None is differentiable itself; `SOFTMAX`
-and `SIGMOID` are, which take what the functions of module.py take.
+Those of softmax take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
+float64 for float64, else float32. A mean's denominator is how many targets are not ignored, or the sum of
+their weights, weight: (C,); else it is 1. Slopes (3, N, S), in that dtype too, are what
+`gradient_from_slopes` of reference.py makes a row's gradient of, without a sum over the row. None is
+differentiable itself; `SOFTMAX` and `SIGMOID` are, which take what the functions of module.py take.
 """
 
 from __future__ import annotations
@@ -90,6 +94,26 @@ class SoftmaxKernels:
             result = self.forward(*args[:-1])[0]
         return result
 
+    def total(
+        self,
+        x: Tensor,
+        target: Tensor,
+        alpha: Tensor | None,
+        weight: Tensor | None,
+        gamma: float,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """The losses' sum or mean by the kernel on the CPU; not under transforms."""
+        result: Tensor
+        args = (x, target, alpha, weight, gamma, ignore_index, mean)
+        if x.requires_grad and torch.is_grad_enabled():
+            apply = _SoftmaxTotal.apply if is_compiling() else _softmax_total
+            result = apply(*args, self.backward)  # type: ignore[no-untyped-call]
+        else:
+            result = _total(*args)[0]
+        return result
+
 
 class _Softmax(torch.autograd.Function):
     """Losses of rows. Saves the arguments and the slopes."""
@@ -123,6 +147,56 @@ class _Softmax(torch.autograd.Function):
 
 _softmax = super(torch.autograd.Function, _Softmax).apply
 """`_Softmax.apply` without its wrapper in Python, which only transforms need."""
+
+
+def _total_fake(x: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(x)
+    one = x.new_empty((), dtype=dtype)
+    return one, torch.empty_like(one), x.new_empty((3, *target.shape), dtype=dtype)
+
+
+_total = define(
+    LIBRARY,
+    "softmax_focal_loss_total(Tensor x, Tensor target, Tensor? alpha, Tensor? weight, float gamma, "
+    "int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)",
+    _total_fake,
+)
+
+
+class _SoftmaxTotal(torch.autograd.Function):
+    """Sum or mean of the losses of rows. Saves the arguments, the slopes and the denominator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        alpha: Tensor | None,
+        weight: Tensor | None,
+        gamma: float,
+        ignore_index: int,
+        mean: bool,
+        backward: Callable[..., Tensor],
+    ) -> Tensor:
+        loss: Tensor
+        loss, denominator, slopes = _total(x, target, alpha, weight, gamma, ignore_index, mean)
+        ctx.save_for_backward(x, target, alpha, slopes, denominator)
+        ctx.options, ctx.kernel = (gamma, ignore_index), backward
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, alpha, slopes, denominator = ctx.saved_tensors
+        grad = (grad / denominator).expand(target.shape)
+        result: Tensor
+        if _needs_formula(grad, x):
+            result = reference.softmax_focal_loss_backward(grad, x, target, alpha, *ctx.options)
+        else:
+            result = ctx.kernel(grad, x, target, slopes, ctx.options[1])
+        return result, None, None, None, None, None, None, None
+
+
+_softmax_total = super(torch.autograd.Function, _SoftmaxTotal).apply
 
 
 class _SoftmaxTransformed(torch.autograd.Function):
@@ -295,14 +369,23 @@ def _run_softmax(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    *,
+    total: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Reduce `losses(x, target, alpha, weight, gamma, ignore_index, label_smoothing)` -> (N, S)."""
+    """Reduce `losses(x, target, alpha, weight, gamma, ignore_index, label_smoothing)` -> (N, S).
+
+    Or by `total(x, target, alpha * weight, weight, gamma, ignore_index, mean)`, where losses are of kernels.
+    """
     x = _rows(inputs)
     target = _targets(targets, x)
     classes = not target.is_floating_point()
     dtype = _compute_dtype(x)
     of_class, factor = _alpha(alpha, dtype)
     weight = None if weight is None else weight.to(dtype)
+    if total is not None and reduction != "none" and not transformed():
+        scale = _product(of_class, weight)
+        loss = total(x, target, scale, weight, float(gamma), ignore_index, reduction == "mean")
+        return _as_given(inputs, _scaled(loss, factor), dtype)
     loss = losses(x, target, of_class, weight, float(gamma), ignore_index, label_smoothing)
     if reduction == "none":
         loss = loss.reshape(
@@ -314,8 +397,18 @@ def _run_softmax(
             loss = loss / _count(target, weight, ignore_index)
     else:
         loss = loss.mean()
-    keep = inputs.dtype if not torch.is_autocast_enabled(inputs.device.type) else dtype
-    return _scaled(loss, factor).to(keep)
+    return _as_given(inputs, _scaled(loss, factor), dtype)
+
+
+def _as_given(inputs: Tensor, loss: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """In inputs' dtype, unless autocast is on."""
+    if inputs.dtype == loss.dtype == compute_dtype:
+        return loss
+    return loss.to(compute_dtype if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a * b
 
 
 def _alpha(alpha: Number | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Number | Tensor]:
@@ -345,8 +438,7 @@ def _kernel_losses(
     ignore_index: int,
     _: float,
 ) -> Tensor:
-    scale = weight if alpha is None else alpha if weight is None else alpha * weight
-    return kernels(x, target, scale, gamma, ignore_index)
+    return kernels(x, target, _product(alpha, weight), gamma, ignore_index)
 
 
 def _reference_losses(
@@ -360,8 +452,7 @@ def _reference_losses(
 ) -> Tensor:
     if label_smoothing or target.is_floating_point():
         return reference.smoothed_focal_loss(x, target, alpha, weight, gamma, ignore_index, label_smoothing)
-    scale = weight if alpha is None else alpha if weight is None else alpha * weight
-    return reference.softmax_focal_loss(x, target, scale, gamma, ignore_index)
+    return reference.softmax_focal_loss(x, target, _product(alpha, weight), gamma, ignore_index)
 
 
 def _aten_losses(
@@ -477,12 +568,17 @@ class FocalLoss(Op):
         why_not: Callable[..., list[str]],
         not_worth: Callable[..., list[str]],
         targets: Callable[[Tensor], Tensor],
+        on_cpu: Callable[..., Tensor] | None = None,
     ) -> None:
         self.run, self.why_not, self.kernels, self.targets = run, why_not, kernels, targets
         compiled, triton = kernels(LIBRARY), kernels(LIBRARY, "triton")
         ours = [
-            Backend(key, partial(run, found), partial(why_not, key), partial(not_worth, key))
-            for key, found in (("cuda", compiled), ("triton", triton), ("cpu", compiled))
+            Backend(key, partial(run_it, found), partial(why_not, key), partial(not_worth, key))
+            for key, found, run_it in (
+                ("cuda", compiled, run),
+                ("triton", triton, run),
+                ("cpu", compiled, on_cpu or run),
+            )
         ]
         self.aten = partial(run, formulas["aten"])
         super().__init__(name, ours + [Backend(key, partial(run, f)) for key, f in formulas.items()])
@@ -524,6 +620,20 @@ def _softmax_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return reference.softmax_focal_loss(*args), reference.softmax_focal_loss_slopes(*args)
 
 
+def _softmax_total_forward(
+    x: Tensor,
+    target: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    gamma: float,
+    ignore_index: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, slopes = _softmax_forward(x, target, alpha, gamma, ignore_index)
+    denominator = _count(target, weight, ignore_index).to(loss.dtype) if mean else loss.new_ones(())
+    return loss.sum() / denominator, denominator, slopes
+
+
 @cache
 def _softmax_kernels(library: torch.library.Library, overload: str = "") -> SoftmaxKernels:
     return SoftmaxKernels(library, overload)
@@ -537,6 +647,7 @@ SOFTMAX = FocalLoss(
     _softmax_why_not,
     _softmax_not_worth,
     lambda x: x.select(1, 0).long(),
+    partial(_run_softmax, total=_softmax_kernels(LIBRARY).total),
 )
 SIGMOID = FocalLoss(
     "sigmoid_focal_loss",
@@ -547,6 +658,7 @@ SIGMOID = FocalLoss(
     _sigmoid_not_worth,
     torch.empty_like,
 )
+LIBRARY.impl("softmax_focal_loss_total", _softmax_total_forward, "CompositeExplicitAutograd")
 implement("softmax_focal_loss", _softmax_forward, _softmax_in_triton)
 implement("softmax_focal_loss_backward", reference.gradient_from_slopes, _in_triton("softmax_backward"))
 implement("sigmoid_focal_loss", reference.sigmoid_focal_loss, _in_triton("sigmoid_forward"))
@@ -691,9 +803,8 @@ def _slopes_by_kernels(
     ignore_index: int,
     _: float,
 ) -> tuple[Tensor, Tensor | None]:
-    scale = weight if alpha is None else alpha if weight is None else alpha * weight
     x, target = logits.unsqueeze(-1), target.unsqueeze(-1)
-    loss, slopes = kernels.forward(x, target, scale, gamma, ignore_index)
+    loss, slopes = kernels.forward(x, target, _product(alpha, weight), gamma, ignore_index)
     slope = None
     if upstream is not None:
         slope = kernels.backward(upstream.unsqueeze(-1), x, target, slopes, ignore_index).squeeze(-1)

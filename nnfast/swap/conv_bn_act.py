@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..conv_bn_act.blocks import extent
 from . import seed, timm, torch_nn, transformers
 from .chain import (
     ACTIVATIONS,
@@ -95,7 +96,8 @@ def _proposals(
     obstacles = _obstacles(module)
     proposals = []
     if found and not obstacles:
-        changes = {**changes, "__class__": subclass(changes["__class__"], type(module))}
+        made = subclass(changes["__class__"], type(module))
+        changes = {**changes, "__class__": made, "_nnfast_extent": extent(module.modules())}
         proposals.append(Proposal(old, f"fused {_listed(found)}", changes))
     elif found:
         kept = [*obstacles, *kept]

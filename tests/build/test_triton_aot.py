@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nnfast.core.tuning import CONV_CONFIGS
+from nnfast.core.tuning import CONV_CONFIGS, CONV_INPUT_WIDEST
 
 PROGRAM = Path(__file__).with_name("triton_aot.py")
 REGISTERS = {"fp64": 96, "batch_norm": 168, "convolution": 208, "attention": 512}
@@ -154,9 +154,9 @@ def test_accesses_are_16_bytes_wide(reports):
 
 def test_convolutions(reports):
     """Every configuration on every architecture or, of those between, on AMD's and one of NVIDIA's."""
-    found = [r for r in reports if r["case"].startswith("convolution")]
+    found = [r for r in reports if r["case"].startswith("convolution") and not of_boxes(r)]
     for dtype, size in (("bf16", 2), ("fp32", 4), ("fp64", 8)):
-        for kernel in ("forward", "input_gradient", "weight_gradient", "finish"):
+        for kernel in ("forward", "input_gradient", "weight_gradient", "finish", "finish_input_gradient"):
             of_one = [r for r in found if {kernel, dtype} <= set(r["case"].split())]
             assert {r["target"] for r in of_one} == {"sm_80", "sm_90", "sm_100", "gfx942"}
         tiles = {f"{c.rows}x{c.columns}x{c.depth}" for c in CONV_CONFIGS[size]}
@@ -167,8 +167,32 @@ def test_convolutions(reports):
     assert any("tf32" in r["case"].split() for r in found)
 
 
+def of_boxes(report: dict) -> bool:
+    return {"convolution", "boxes"} <= set(report["case"].split())
+
+
+def test_boxes_of_convolutions_come_by_the_copy_engine(reports):
+    """Every configuration with steps of 64; they meet in the architecture's own matrix product."""
+    own = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    found = [r for r in reports if of_boxes(r)]
+    for report in found:
+        assert report["copy_engine"], report
+        assert report["tensor_cores"] == [own[report["target"]]], report
+    for target in own:
+        cases = [r["case"].split() for r in found if r["target"] == target]
+        for kernel in ("forward", "input_gradient"):
+            for c in CONV_CONFIGS[2]:
+                if c.depth == 64 and (kernel == "forward" or c.columns <= CONV_INPUT_WIDEST):
+                    assert any({kernel, f"{c.rows}x{c.columns}x{c.depth}"} <= set(case) for case in cases)
+        assert any({"weight_gradient", "1x64"} <= set(case) for case in cases)
+    others = [r for r in reports if r["case"].startswith("convolution") and not of_boxes(r)]
+    assert not any(r.get("copy_engine") for r in others)
+
+
 def test_loads_of_convolutions_are_16_bytes_wide(reports):
     """Of images with 16 channels and more; stores of sums and statistics are narrow."""
     epilogues = ("convolution forward bias", "convolution input_gradient")
-    narrow = [r for r in reports if r["case"].startswith(epilogues) and not r["wide"]]
+    narrow = [
+        r for r in reports if r["case"].startswith(epilogues) and "split" not in r["case"] and not r["wide"]
+    ]
     assert [r for r in narrow if r["target"] != "gfx942"] == []

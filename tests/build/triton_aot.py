@@ -31,6 +31,7 @@ from nnfast.core.tuning import (
     CONV_CONFIGS,
     CONV_INPUT_WIDEST,
     CONV_WEIGHT_CONFIGS,
+    ConvConfig,
     attention_config,
     norm_rows_config,
     pointwise_config,
@@ -275,60 +276,123 @@ def attention_case(
     return name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
 
 
-INTEGERS = ("rows", "images", "splits", "steps_a_split", "rows_a_split")
-"""Lengths of convolutions that nothing is known of; channels and images are multiples of 16."""
-
 CONVOLUTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "forward bias residual": ("forward", {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue partial work"}),
     "forward prologue statistics": ("forward", {"ACT": 0, "PROLOGUE": 1, "left_out": "bias residual work"}),
     "forward split": ("forward", {"ACT": 0, "PROLOGUE": 0, "left_out": "prologue bias residual partial"}),
     "forward flat": ("forward", {"ACT": 0, "PROLOGUE": 0, "left_out": "prologue bias residual work"}),
-    "input_gradient mask": ("input_gradient", {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue partial x"}),
-    "input_gradient prologue": ("input_gradient", {"ACT": 0, "PROLOGUE": 4, "left_out": "y added"}),
+    "input_gradient mask": (
+        "input_gradient",
+        {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue partial x work"},
+    ),
+    "input_gradient prologue": ("input_gradient", {"ACT": 0, "PROLOGUE": 4, "left_out": "y added work"}),
+    "input_gradient split": (
+        "input_gradient",
+        {"ACT": 0, "PROLOGUE": 0, "left_out": "prologue partial x y added"},
+    ),
     "weight_gradient mask": ("weight_gradient", {"ACT": 1, "PROLOGUE": 0, "left_out": "prologue"}),
     "weight_gradient prologue": ("weight_gradient", {"ACT": 0, "PROLOGUE": 1, "left_out": "y bias_partial"}),
     "finish": ("finish", {"ACT": 1, "left_out": ""}),
+    "finish_input_gradient": ("finish_input_gradient", {"PROLOGUE": 4, "left_out": "added"}),
 }
-"""Kernel and constants of what is compiled, and the pointers that are not given."""
+"""Kernel and constants of what is compiled, and the pointers that are not given.
+
+Of lengths nothing is known but that channels are multiples of 16.
+"""
+
+POINTWISE = {"images": 1, "height": 1, "out_height": 1, "pad_height": 0, "pad_width": 0}
+"""Lengths of 1x1 convolutions; a 1 is compiled in."""
 
 
 def convolution_cases(dtype: str, size: int) -> Iterator[Case]:
     """Convolutions of 3x3 with every configuration; what differs little between them with the first alone."""
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    for what, (kernel, given) in CONVOLUTIONS.items():
-        configs = CONV_WEIGHT_CONFIGS[size] if kernel == "weight_gradient" else CONV_CONFIGS[size]
-        if kernel == "input_gradient":
-            configs = tuple(c for c in configs if c.columns <= CONV_INPUT_WIDEST)
-        if kernel == "finish" or what in ("forward split", "forward flat"):
-            configs = configs[-1:]
-        function = getattr(convolution, f"{kernel}_kernel")
-        pairs = [("ieee", config) for config in configs]
+    for what, (kernel, _) in CONVOLUTIONS.items():
+        pairs = [("ieee", config) for config in _convolution_configs(what, kernel, size)]
         if dtype == "fp32" and what in ("forward prologue statistics", "input_gradient prologue"):
-            pairs += [("tf32", config) for config in configs]
+            pairs += [("tf32", config) for _, config in pairs]
         elif dtype == "fp32" and kernel == "weight_gradient":
-            pairs += [("tf32", configs[0])]
-        left_out = given["left_out"].replace("prologue", "center scale shift").split()
+            pairs += [("tf32", pairs[0][1])]
         for precision, config in pairs:
-            stride = 2 if what == "input_gradient mask" else 1
-            known = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3, "STRIDE_HEIGHT": stride, "STRIDE_WIDTH": stride}
-            known |= {"FLAT": what == "forward flat", "SCALED": False, "PRECISION": precision, "GROUP": 8}
-            known |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, **given}
-            if kernel == "finish":
-                known["COLUMNS"] = 32
-            known |= {f"{name}_ptr": None for name in left_out}
-            constants = {name: value for name, value in known.items() if name in function.arg_names}
-            types = {}
-            for name in function.arg_names:
-                narrow = ("x", "weight", "residual", "y", "grad", "added", "dx")
-                if name.endswith("_ptr"):
-                    types[name] = f"*{dtype if name.removesuffix('_ptr') in narrow else wide}"
-                elif name.islower():
-                    aligned = name.endswith("channels")
-                    types[name] = "fp64" if "slope" in name else "i32:16" if aligned else "i32"
-            types = {name: value for name, value in types.items() if name not in constants}
-            tile = f"{config.rows}x{config.columns}x{config.depth}"
-            name = f"convolution {what} {tile} {precision} {dtype}"
-            yield name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
+            yield convolution_case(what, dtype, config, precision)
+
+
+def convolution_builds() -> Iterator[tuple[Case, str]]:
+    """Those that the copy engine feeds: each configuration, kernel and epilogue, and of 1x1 a part."""
+    for target in ("sm_90", "sm_100"):
+        for what, (kernel, _) in CONVOLUTIONS.items():
+            if "finish" in kernel or what == "forward flat":
+                continue
+            for i, config in enumerate(_convolution_configs(what, kernel, 2, boxes=True)):
+                pixels = config.depth if kernel == "weight_gradient" else config.rows
+                box = ((8, 8), (4, 4), (2, 2), (1, 1))[i]
+                yield convolution_case(what, "bf16", config, box=box), target
+                if "prologue" in what and i == 0:
+                    yield convolution_case(what, "bf16", config, box=(1, pixels), pointwise=True), target
+
+
+def _convolution_configs(what: str, kernel: str, size: int, boxes: bool = False) -> tuple[ConvConfig, ...]:
+    configs = CONV_WEIGHT_CONFIGS[size] if kernel == "weight_gradient" else CONV_CONFIGS[size]
+    configs = tuple(c for c in configs if not boxes or c.depth == 64)
+    if kernel == "input_gradient":
+        configs = tuple(c for c in configs if c.columns <= CONV_INPUT_WIDEST)
+    one = "finish" in kernel or what.split()[-1] in ("split", "flat")
+    return configs[-1:] if one else configs
+
+
+def convolution_case(
+    what: str,
+    dtype: str,
+    config: ConvConfig,
+    precision: str = "ieee",
+    box: tuple[int, int] = (0, 0),
+    pointwise: bool = False,
+) -> Case:
+    """A kernel as launched for 3x3, or for 1x1; box: height and width of those that descriptors load."""
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    kernel, given = CONVOLUTIONS[what]
+    function = getattr(convolution, f"{kernel}_kernel")
+    left_out = given["left_out"].replace("prologue", "center scale shift").split()
+    side = 1 if pointwise else 3
+    stride = 2 if what == "input_gradient mask" and not box[0] else 1
+    known = {"KERNEL_HEIGHT": side, "KERNEL_WIDTH": side, "STRIDE_HEIGHT": stride, "STRIDE_WIDTH": stride}
+    known |= {"FLAT": what == "forward flat", "SCALED": False, "PRECISION": precision, "EDGE": True}
+    known |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, "GROUP": 8, **given}
+    known |= {"BOX_HEIGHT": box[0], "BOX_WIDTH": box[1], **(POINTWISE if pointwise else {})}
+    if "finish" in kernel:
+        known["COLUMNS"] = 32
+    known |= {f"{name}_ptr": None for name in left_out}
+    constants = {name: value for name, value in known.items() if name in function.arg_names}
+    types = {}
+    for name in function.arg_names:
+        narrow = ("x", "weight", "residual", "y", "grad", "added", "dx")
+        if name.endswith("_ptr"):
+            types[name] = f"*{dtype if name.removesuffix('_ptr') in narrow else wide}"
+        elif name.islower():
+            aligned = name.endswith("channels")
+            types[name] = "fp64" if "slope" in name else "i32:16" if aligned else "i32"
+    if box[0]:
+        types |= _descriptors(kernel, dtype, config, box)
+    types = {name: value for name, value in types.items() if name not in constants}
+    tile = f"{config.rows}x{config.columns}x{config.depth}"
+    boxes = f"boxes {box[0]}x{box[1]} " if box[0] else ""
+    name = f"convolution {what} {boxes}{tile} {precision} {dtype}"
+    return name, function, types, constants, config.num_warps, {"num_stages": config.num_stages}
+
+
+def _descriptors(kernel: str, dtype: str, config: ConvConfig, box: tuple[int, int]) -> dict[str, str]:
+    """Types of what descriptors load."""
+
+    def image(pixels: int, channels: int) -> str:
+        return f"tensordesc<{dtype}[{pixels // (box[0] * box[1])},{box[0]},{box[1]},{channels}]>"
+
+    if kernel == "weight_gradient":
+        grad = image(config.depth, config.rows)
+        return {"grad_ptr": grad, "y_ptr": grad, "x_ptr": image(config.depth, config.columns)}
+    of_image = image(config.rows, config.depth)
+    if kernel == "forward":
+        return {"x_ptr": of_image, "weight_ptr": f"tensordesc<{dtype}[{config.columns},{config.depth}]>"}
+    weight = f"tensordesc<{dtype}[{config.depth},{config.columns}]>"
+    return {"grad_ptr": of_image, "y_ptr": of_image, "weight_ptr": weight}
 
 
 def compile_case(
@@ -409,7 +473,7 @@ def builds() -> list[tuple[Case, str]]:
             one = NVIDIA[i % len(NVIDIA)]
             targets = TARGETS if case in (sizes[0], sizes[-1]) else (one, "gfx942")
             found += [(case, target) for target in targets]
-    return found + list(attention_builds())
+    return found + list(attention_builds()) + list(convolution_builds())
 
 
 def report(place: int) -> dict[str, Any]:

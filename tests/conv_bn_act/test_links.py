@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
 from nnfast.conv_bn_act import blocks, links
+from nnfast.convolution.op import CONV2D_ACT, with_statistics
 from nnfast.core.op import triton_why_not
 from tests.conv_bn_act.test_blocks import BLOCKS, CHANNELS_LAST, error, image, step
 
@@ -83,26 +85,71 @@ def test_autocast(calls):
         assert float((a - b).norm()) <= 0.05 * float(b.norm())
 
 
-@pytest.mark.parametrize("act", ["relu", "mish"])
-def test_backward_twice(act, calls):
+@pytest.mark.parametrize(("act", "shortcut"), [("relu", ""), ("mish", "x"), ("relu", "projection")])
+def test_backward_twice(act, shortcut, calls):
     """Gradients, and gradients of them, are torch's."""
     torch.manual_seed(0)
-    units = [
+    kernel = 1 if shortcut == "x" else (2, 1)
+    *units, projection = [
         blocks.Unit(nn.Conv2d(*sizes, bias=bias).double(), nn.BatchNorm2d(sizes[1]).double(), act)
-        for sizes, bias in (((2, 3, 1), True), ((3, 2, (2, 1)), False))
+        for sizes, bias in (((2, 3, 1), True), ((3, 2, kernel), False), ((2, 2, kernel), False))
     ]
     x = torch.randn(2, 2, 3, 2, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
-    leaves = [x, *(p for unit in units for m in (unit.conv, unit.bn) for p in m.parameters())]
+    used = units + [projection] * (shortcut == "projection")
+    leaves = [x, *(p for unit in used for m in (unit.conv, unit.bn) for p in m.parameters())]
     results = []
     for backend in ("triton", "aten"):
         with nnfast.backend(backend):
-            y = blocks.chain(units, x)
+            y = blocks.chain(
+                units, x, x if shortcut == "x" else None, projection if shortcut == "projection" else None
+            )
         first = torch.autograd.grad(y.square().sum() + y.sum(), leaves, create_graph=True)
         mixed = sum((g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view(g.shape)).sum() for g in first)
         results.append([y, *first, *torch.autograd.grad(mixed, leaves)])
     assert len(calls) == 1
     for a, b in zip(*results, strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+class Additions(TorchDispatchMode):
+    """Counts what adds two images."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += (
+            function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and args[0].dim() == 4
+        )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_shortcuts_gradient_takes_no_pass_of_its_own(name, calls):
+    _, ours = both(name)
+    counts = []
+    for backend in ("triton", "aten"):
+        x = image(CHANNELS_LAST, size=6).requires_grad_()
+        with nnfast.backend(backend):
+            y = ours(x)
+        with Additions() as additions:
+            y.sum().backward()
+        counts.append(additions.count)
+    assert calls
+    assert counts[0] == 0 < counts[1]
+
+
+def test_a_result_that_goes_nowhere_or_an_input_without_gradient():
+    """Of what the first convolution gives, each part may be used without the other."""
+    kernels = CONV2D_ACT.kernels
+    x, weight = (
+        torch.randn(size).contiguous(memory_format=CHANNELS_LAST) for size in ((2, 3, 5, 5), (4, 3, 1, 1))
+    )
+    assert with_statistics(kernels, x, weight.requires_grad_(), (1, 1), (0, 0))[2] is x
+    y, _, again = with_statistics(kernels, x.requires_grad_(), weight, (1, 1), (0, 0))
+    assert torch.equal(torch.autograd.grad(again.sum(), x, retain_graph=True)[0], torch.ones_like(x))
+    alone = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    assert_close(alone, torch.autograd.grad(nn.functional.conv2d(x, weight).sum(), x)[0])
+    assert_close(torch.autograd.grad(y.sum() + 3 * again.sum(), x)[0], alone + 3)
 
 
 SAVED = {"seed": 3, "BasicBlock": 3, "Bottleneck": 4}
@@ -199,3 +246,41 @@ def test_not_forced_torchs_convolution_serves(calls):
     with nnfast.backend("triton"):
         ours(image(size=5))  # contiguous
     assert not calls
+
+
+def of_ours(block, x):
+    """What `explain` says of our own convolutions, and whether these train the chain or infer a unit."""
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("train", "infer"):
+            original = getattr(links, name)
+            patch.setattr(links, name, lambda *a, f=original: ran.append(f(*a)) or ran[-1])
+        block(x)
+    return nnfast.explain(block, x).reasons["conv2d_act"], [y is not None for y in ran]
+
+
+def test_explain_tells_of_our_convolutions():
+    """Never silent: it says whose the convolutions are, and why, as they then are."""
+    block, x = nnfast.BasicBlock(8, 8), image(CHANNELS_LAST, size=6)
+    assert of_ours(block, x) == (["conv1, conv2: triton: interpreted: for tests, not for speed"], [])
+    with nnfast.backend("triton"):
+        assert of_ours(block, x) == ([], [True])
+        assert "conv2d_act serves" in str(nnfast.explain(block, x))
+        reasons, ran = of_ours(block, x.contiguous())
+        assert (reasons, ran) == (["conv1, conv2: triton: x is not laid out in torch.channels_last"], [])
+        block.conv2.padding_mode = "circular"
+        all_or_none = "conv1: in training ours serves all convolutions of a chain, or none"
+        padding = "conv2: padding is (1, 1), by circular; our kernels take numbers, of zeros"
+        assert of_ours(block, x) == ([all_or_none, padding], [])
+        assert of_ours(block.eval().requires_grad_(False), x) == ([padding], [True, False])
+        block.conv2.padding_mode = "zeros"
+        found = nnfast.explain(block, x)
+        assert (found.backend, found.reasons["triton"], found.reasons["conv2d_act"]) == ("triton", [], [])
+        assert of_ours(block, x) == ([], [True, True])
+        block.train().bn1.register_forward_hook(lambda *_: None)
+        reasons, ran = of_ours(block, x)
+        assert (reasons[0], ran) == ("conv1: bn has hooks, which a fused call would skip", [])
+        block = nnfast.BasicBlock(8, 8)
+        block.relu = nn.Hardswish()
+        words = "conv1, conv2: the activation is another module, in training called as it is"
+        assert of_ours(block, x) == ([words], [])

@@ -110,6 +110,21 @@ def near(found, truth, dtype, roundings=8):
     assert error <= eps * roundings * max(float(truth.abs().max()), 1e-3), error
 
 
+def check_forward(kernels, shape, dtype, epilogue, prologue, center=True):
+    given = make(shape, dtype, EPILOGUES[epilogue], prologue, center)
+    y, statistics = kernels.forward(*given)
+    near(y, truth_of(double(given)), dtype)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=LAST)
+    if epilogue == "statistics":
+        stored = y.double()
+        mean, var = merge_statistics(statistics)
+        assert_close(mean.double(), stored.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+        assert_close(var.double(), stored.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
+    else:
+        assert not statistics.numel()
+
+
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_every_prologue_and_epilogue(kernels, prologue, epilogue):
@@ -119,19 +134,7 @@ def test_every_prologue_and_epilogue(kernels, prologue, epilogue):
         if not shapes:
             continue
         shape = shapes[(turn * 4 + i) % len(shapes)]
-        given = make(shape, dtype, EPILOGUES[epilogue], prologue, center=turn % 2 == 0)
-        y, statistics = kernels.forward(*given)
-        truth = truth_of(double(given))
-        near(y, truth, dtype)
-        assert y.dtype == dtype
-        assert y.is_contiguous(memory_format=LAST)
-        if epilogue == "statistics":
-            stored = y.double()
-            mean, var = merge_statistics(statistics)
-            assert_close(mean.double(), stored.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-            assert_close(var.double(), stored.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
-        else:
-            assert not statistics.numel()
+        check_forward(kernels, shape, dtype, epilogue, prologue, center=turn % 2 == 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -145,64 +148,169 @@ def test_every_shape(kernels, shape):
 @pytest.mark.parametrize("prologue", ["", "relu", "mish"])
 def test_gradients(kernels, shape, prologue):
     for dtype, code in zip(DTYPES, itertools.cycle([("relu",), ("leaky_relu",), ()])):
-        if not served(kernels, SHAPES[shape], dtype):
-            continue
-        given = make(SHAPES[shape], dtype, ("bias", *code), prologue)
-        x, weight, _, _, *norm = given[:7]
-        y = kernels.forward(*given)[0]
-        grad = torch.randn_like(y)
-        exact = double(given)
-        for i in (0, 1, 2, 4, 5, 6):
-            if exact[i] is not None:
-                exact[i].requires_grad_()
-        z = truth_of([*exact[:11], 0, 0.0, False])
-        below = z * 0.25 if code == ("leaky_relu",) else z * 0
-        out = torch.where(y > 0, z, below) if code else z
-        added = torch.randn_like(x)
-        out = out.mul(grad.double()).sum()
-        wanted = [exact[i] for i in (0, 1, 2, 5, 6) if exact[i] is not None]
-        truth = dict(zip([i for i in (0, 1, 2, 5, 6) if exact[i] is not None],
-                         torch.autograd.grad(out, wanted), strict=True))  # fmt: skip
-        mask = (y if code else None, weight)
-        before = (x if prologue else None, *norm, *given[7:9])
-        after = (*given[9:11], given[11], 0.25)
-        dx, sum_dz, sum_dz_x = kernels.input_gradient(grad, *mask, None, *before, list(x.shape), *after, True)
-        near(dx, truth[0], dtype)
-        if prologue:
-            near(sum_dz, truth[6], torch.promote_types(dtype, torch.float32), 64)
-            near(sum_dz_x, truth[5], torch.promote_types(dtype, torch.float32), 64)
-            unscaled = kernels.input_gradient(grad, *mask, None, *before, list(x.shape), *after, False)[0]
-            near(unscaled, truth[0] / exact[5].detach().view(-1, 1, 1), dtype)
-        else:
-            with_added = kernels.input_gradient(grad, *mask, added, *before, list(x.shape), *after, True)[0]
-            near(with_added, truth[0] + added.double(), dtype)
-        dweight, dbias = kernels.weight_gradient(
-            grad, mask[0], x, *norm, *given[7:9], list(weight.shape[2:]), *after, True
+        if served(kernels, SHAPES[shape], dtype):
+            check_gradients(kernels, SHAPES[shape], dtype, code, prologue)
+
+
+def check_gradients(kernels, shape, dtype, code, prologue):
+    given = make(shape, dtype, ("bias", *code), prologue)
+    x, weight, _, _, *norm = given[:7]
+    y = kernels.forward(*given)[0]
+    grad = torch.randn_like(y)
+    exact = double(given)
+    for i in (0, 1, 2, 4, 5, 6):
+        if exact[i] is not None:
+            exact[i].requires_grad_()
+    z = truth_of([*exact[:11], 0, 0.0, False])
+    below = z * 0.25 if code == ("leaky_relu",) else z * 0
+    out = torch.where(y > 0, z, below) if code else z
+    added = torch.randn_like(x)
+    out = out.mul(grad.double()).sum()
+    wanted = [exact[i] for i in (0, 1, 2, 5, 6) if exact[i] is not None]
+    truth = dict(zip([i for i in (0, 1, 2, 5, 6) if exact[i] is not None],
+                     torch.autograd.grad(out, wanted), strict=True))  # fmt: skip
+    mask = (y if code else None, weight)
+    before = (x if prologue else None, *norm, *given[7:9])
+    after = (*given[9:11], given[11], 0.25)
+    dx, sum_dz, sum_dz_x = kernels.input_gradient(grad, *mask, None, *before, list(x.shape), *after, True)
+    near(dx, truth[0], dtype)
+    if prologue:
+        near(sum_dz, truth[6], torch.promote_types(dtype, torch.float32), 64)
+        near(sum_dz_x, truth[5], torch.promote_types(dtype, torch.float32), 64)
+        unscaled = kernels.input_gradient(grad, *mask, None, *before, list(x.shape), *after, False)[0]
+        near(unscaled, truth[0] / exact[5].detach().view(-1, 1, 1), dtype)
+    else:
+        with_added = kernels.input_gradient(grad, *mask, added, *before, list(x.shape), *after, True)[0]
+        near(with_added, truth[0] + added.double(), dtype)
+    dweight, dbias = kernels.weight_gradient(
+        grad, mask[0], x, *norm, *given[7:9], list(weight.shape[2:]), *after, True
+    )
+    near(dweight, truth[1], dtype)
+    near(dbias, truth[2], torch.promote_types(dtype, torch.float32), 64)
+
+
+BOXED = {  # as SHAPES; boxes of the height and width named, all filled or not
+    "8x8": ((2, 40, 8, 8), 72, (3, 3), (1, 1), (1, 1)),
+    "8x8 open": ((3, 48, 8, 7), 40, (3, 3), (1, 1), (1, 1)),
+    "4x4": ((4, 72, 4, 4), 40, (3, 3), (1, 1), (1, 1)),
+    "4x4 open": ((3, 40, 7, 4), 48, (5, 5), (1, 1), (2, 2)),
+    "2x2 open": ((17, 64, 2, 2), 40, (3, 3), (1, 1), (1, 1)),
+    "1x1 open": ((70, 48, 1, 1), 40, (3, 1), (1, 1), (1, 0)),
+    "wide padding": ((1, 40, 6, 5), 40, (3, 3), (1, 1), (2, 2)),
+    "row": ((3, 40, 5, 5), 72, (1, 1), (1, 1), (0, 0)),
+}
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The boxes of images that the copy engine would load, on an architecture that has one."""
+    if missing := triton_why_not("cpu"):
+        pytest.skip(missing)
+    from nnfast.convolution import kernels
+
+    made = []
+    original = kernels.TensorDescriptor
+
+    def descriptor(*args):
+        made.extend([args[-1]] * (len(args[-1]) == 4))
+        return original(*args)
+
+    monkeypatch.setattr(kernels, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(kernels, "TensorDescriptor", descriptor)
+    return made
+
+
+@pytest.mark.parametrize("shape", BOXED)
+def test_boxes(shape, described):
+    """What the copy engine loads: padded by its zeros, after the prologue though, and cut at the edges."""
+    turn = list(BOXED).index(shape)
+    kernels, dtypes = op.CONV2D_ACT.kernels, (torch.bfloat16, torch.float16)
+    for i, prologue in enumerate(("", "relu", "mish", "identity")):
+        epilogue = list(EPILOGUES)[(turn + 2 * i) % len(EPILOGUES)]
+        check_forward(kernels, BOXED[shape], dtypes[i % 2], epilogue, prologue, center=i < 2)
+    assert len(described) == 4
+    for i, (prologue, code) in enumerate((("", ("relu",)), ("silu", ()), ("relu", ("leaky_relu",)))):
+        check_gradients(kernels, BOXED[shape], dtypes[(turn + i) % 2], code, prologue)
+    if shape[0].isdigit():
+        assert {f"{height}x{width}" for _, height, width, _ in described} == {shape.split()[0]}
+    assert len(described) > 4 + 3 * 5
+
+
+def test_an_infinite_pixel_beside_a_box_is_not_seen(described):
+    """A gradient is zero outside of its image; times infinity that would be NaN."""
+    x = torch.randn(3, 16, 8, 7).bfloat16().contiguous(memory_format=LAST)
+    x[:, :, :, -1] = torch.inf
+    grad = torch.randn(3, 8, 8, 7).bfloat16().contiguous(memory_format=LAST)
+    arguments = (grad, None, x, None, None, None, 0, 0.0, [3, 3], [1, 1], [1, 1], 0, 0.0, True)
+    found = op.CONV2D_ACT.kernels.weight_gradient(*arguments)[0]
+    assert torch.equal(found.isfinite(), reference.weight_gradient(*arguments)[0].isfinite())
+    assert found[..., 0].isfinite().all()
+    assert described
+
+
+def test_what_is_loaded_by_pointers(described):
+    """And why."""
+    from nnfast.convolution import kernels
+
+    def image(channels=40, dtype=torch.half, offset=0):
+        return (
+            torch.empty(offset + channels * 64, dtype=dtype)[offset:]
+            .view(1, 8, 8, channels)
+            .permute(0, 3, 1, 2)
         )
-        near(dweight, truth[1], dtype)
-        near(dbias, truth[2], torch.promote_types(dtype, torch.float32), 64)
+
+    assert kernels.pointers_why((1, 1), False, image(), image(8)) == []
+    assert kernels.pointers_why((1, 1), False, image(), image(12)) == [
+        "12 channels; the engine takes 16 bytes and multiples"
+    ]
+    assert "stride is (2, 2)" in kernels.pointers_why((2, 2), False, image())[0]
+    assert "torch.float32" in kernels.pointers_why((1, 1), False, image(dtype=torch.float32))[0]
+    assert "element 4" in kernels.pointers_why((1, 1), False, image(offset=4))[0]
+    for channels, stride in ((42, 1), (32, 1), (40, 2)):
+        shape = ((1, channels, 8, 8), 8, (3, 3), (stride, stride), (1, 1))
+        check_forward(op.CONV2D_ACT.kernels, shape, torch.half, "bias", "relu")
+    assert described == []
+    check_forward(op.CONV2D_ACT.kernels, BOXED["8x8"], torch.float32, "bias", "relu")
+    check_forward(
+        op.CONV2D_ACT.kernels, ((2, 40, 9, 9), 8, (3, 3), (1, 1), (1, 1)), torch.half, "bias", "relu"
+    )
+    assert described == []  # boxes would be half empty
+
+
+def test_boxes_of_resnet():
+    """Tiles of 128 pixels are exact at each of its sizes."""
+    for size, box in ((56, (8, 8)), (28, (4, 4)), (14, (2, 2)), (7, (1, 1))):
+        assert tuning.conv_box(128, 256, size, size) == (box, 2 * size * size)
+    assert tuning.conv_box(128, 1, 1, 256 * 49) == ((1, 128), 98)
+    assert tuning.conv_box(64, 3, 9, 9)[1] == 9
 
 
 CONFIGS = [(size, config) for size, configs in tuning.CONV_CONFIGS.items() for config in configs]
 
 
+@pytest.mark.parametrize("boxes", [False, True], ids=["pointers", "boxes"])
 @pytest.mark.parametrize(("size", "config"), CONFIGS, ids=str)
-def test_every_configuration_is_right(size, config, monkeypatch):
+def test_every_configuration_is_right(size, config, boxes, monkeypatch, request):
     """A template of 3x3 convolutions elsewhere was wrong at 8 warps (pytorch#173068): every one that
     is shipped goes over tiles and steps that are not full."""
     if missing := triton_why_not("cpu"):
         pytest.skip(missing)
+    if boxes and (size != 2 or config.depth < 64):
+        pytest.skip("the copy engine serves half types, and more than 32 channels")
     from nnfast.convolution import kernels
+
+    made = request.getfixturevalue("described") if boxes else None
 
     def chosen(*args):
         return config
 
     monkeypatch.setattr(kernels, "conv_config", chosen)
-    monkeypatch.setattr(tuning, "conv_config", chosen)
     for dtype in (d for d in DTYPES if d.itemsize == size):
         side = 9 if config.rows == 128 else 6  # two tiles of pixels, of channels made and of depth
         channels, out_channels = config.depth + 6, config.columns + 3
         shape = ((2, channels, side, side), out_channels, (3, 3), (1, 1), (1, 1))
+        if boxes:
+            shape = ((3, config.depth + 8, 8, 7), config.columns + 8, *shape[2:])
         given = make(shape, dtype, ("bias", "relu", "statistics"), "relu")
         y, statistics = op.CONV2D_ACT.kernels.forward(*given)
         near(y, truth_of(double(given)), dtype)
@@ -231,27 +339,43 @@ def test_every_configuration_is_right(size, config, monkeypatch):
         )
         found = op.CONV2D_ACT.kernels.input_gradient(*arguments, True)[0]
         near(found, reference.input_gradient(*double(arguments), True)[0], dtype)
+    assert not boxes or len(made) >= 2
 
 
+@pytest.mark.parametrize("boxes", [False, True], ids=["pointers", "boxes"])
 @pytest.mark.parametrize("splits", [1, 2, 5])
-def test_split_sums_are_the_same(splits, monkeypatch):
+def test_split_sums_are_the_same(splits, boxes, monkeypatch, request):
     if missing := triton_why_not("cpu"):
         pytest.skip(missing)
     from nnfast.convolution import kernels
+
+    made = request.getfixturevalue("described") if boxes else None
 
     def split(tiles, steps):
         each = -(-steps // splits)
         return -(-steps // each), each
 
     monkeypatch.setattr(kernels, "conv_splits", split)
-    for epilogue in (("bias", "residual", "relu"), ("statistics",)):
-        given = make(((2, 40, 6, 7), 35, (3, 3), (1, 1), (1, 1)), torch.float32, epilogue, "relu")
-        y, statistics = op.CONV2D_ACT.kernels.forward(*given)
-        near(y, truth_of(double(given)), torch.float32)
-        if statistics.numel():
-            assert_close(
-                merge_statistics(statistics)[1], y.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6
-            )
+    shape = ((3, 40, 8, 7), 40, (3, 3), (1, 1), (1, 1)) if boxes else ((2, 40, 6, 7), 35, *SHAPES["3x3"][2:])
+    dtype = torch.half if boxes else torch.float32
+    for epilogue in ("bias residual silu", "statistics"):
+        check_forward(op.CONV2D_ACT.kernels, shape, dtype, epilogue, "relu")
+    for prologue, code in (("relu", ()), ("", ("relu",))):
+        check_gradients(op.CONV2D_ACT.kernels, shape, dtype, code, prologue)
+    if boxes:
+        assert made
+    else:
+        check_gradients(op.CONV2D_ACT.kernels, SHAPES["3x3 stride"], dtype, ("relu",), "mish")
+
+
+def test_sums_of_few_tiles_are_split():
+    """Forward, and the gradient of the input: of a stage with images of 7x7, unless the batch is large."""
+    from nnfast.convolution import kernels
+
+    for batch, splits in ((1, 18), (8, 4), (256, 1)):
+        x = torch.empty(batch, 512, 7, 7, dtype=torch.half, device="meta")
+        weight = torch.empty(512, 512, 3, 3, device="meta")
+        assert kernels.plan(x, weight, (1, 1), (1, 1)).splits == splits
 
 
 def test_what_is_chosen_for_a_shape():
