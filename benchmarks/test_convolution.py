@@ -1,6 +1,7 @@
 """Our convolution on each of ResNet-50's layers against cuDNN's, and blocks made of it against torch.compile.
 
-Forced, as nothing is measured yet. On the CPU it stands for itself on tiny images: torch's serves there.
+Forced, as nothing is measured yet. On the CPU it stands for itself on tiny images: torch's serves there; what
+is ours on the CPU, 3x3 at stride 1, has cases of its own.
 """
 
 from __future__ import annotations
@@ -136,6 +137,51 @@ def test_layers(name, direction, device, quick, benchmark, record):
             bytes=moved,
             flops=2 * pair[1].numel() * channels * layer.kernel**2 * (3 if grad else 1),
             targets=targets(name, direction),
+        ),
+        benchmark,
+    )
+    benchmark.pedantic(contenders["nnfast"], args=(pair,), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.skipif(CUDA, reason="a convolution of the CPU")
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", [(64, 56), (128, 28), (256, 14), (512, 7)], ids=str)
+def test_winograd(shape, direction, device, quick, benchmark, record):
+    """3x3 at stride 1 through the ordinary choice, against torch's."""
+    (channels, size), grad = shape, direction != "forward"
+    torch.manual_seed(0)
+    weight = (torch.randn(channels, channels, 3, 3) / (3 * channels**0.5)).requires_grad_(grad)
+
+    def make() -> tuple[Tensor, Tensor]:
+        x, upstream = (torch.randn(8, channels, size, size).contiguous(memory_format=LAST) for _ in range(2))
+        return x.requires_grad_(grad), upstream
+
+    def both(function: Callable[..., Tensor]) -> Callable[[Any], Any]:
+        def run(pair: tuple[Tensor, Tensor]) -> Any:
+            y = function(pair[0], weight, None, 1, 1)
+            return torch.autograd.grad(y, [pair[0], weight], pair[1]) if grad else y
+
+        return run
+
+    contenders = {"nnfast": both(nnfast.functional.conv2d_act), "torch": both(F.conv2d)}
+    pair = make()
+    found, truth = (contenders[name](pair) for name in ("nnfast", "torch"))
+    for a, b in zip(found, truth, strict=True) if grad else [(found, truth)]:
+        assert_close(a / b.abs().max(), b / b.abs().max(), rtol=0, atol=1e-5)
+    seconds = compare(contenders, [pair], device, 0.5 if quick else 2.0)
+    moved = (2 * pair[0].nbytes + weight.nbytes) * (3 if grad else 1)
+    record(
+        Result(
+            family="convolution",
+            op="conv2d_act",
+            case=f"3x3 {channels} at {size}x{size} {direction}",
+            direction=direction,
+            dtype="float32",
+            numel=pair[0].numel(),
+            backend=nnfast.explain("conv2d_act", pair[0], weight, None, 1, 1).backend or "",
+            seconds=seconds,
+            bytes=moved,
+            flops=2 * pair[0].numel() * channels * 9 * (3 if grad else 1),
         ),
         benchmark,
     )

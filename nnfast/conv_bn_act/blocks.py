@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..activation.module import Mish, SiLU
+from ..convolution import winograd
 from ..convolution.op import CONV2D_ACT, plain_convolution, plain_gradients
 from ..convolution.op import Kernels as Convolutions
-from ..core import tuning
+from ..core import extension, tuning
 from ..core.op import Backend, Explanation, Op, describe, forced
 from ..core.operator import transformed
 from ..core.snapshot import hooked
@@ -847,7 +848,12 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
     differentiates = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
     if len(units) == 1:
         return differentiates and x.requires_grad and stride > 1
-    return not differentiates or x[0, 0].numel() >= tuning.CHANNELS_LAST_PIXELS * stride**2
+    if not differentiates:
+        return True
+    ours = all(unit[0].kernel_size == (3, 3) for unit in units) and stride == 1
+    ours = ours and not extension.why_not(winograd.NAME, "CPU")
+    least = tuning.WINOGRAD_PIXELS if ours else tuning.CHANNELS_LAST_PIXELS
+    return x[0, 0].numel() >= least * stride**2
 
 
 class _Enter(torch.autograd.Function):

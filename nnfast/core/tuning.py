@@ -254,6 +254,9 @@ CHANNELS_LAST_PIXELS = 28 * 28
 """Smallest image, of a residual block's result, for which training on contiguous tensors on the CPU pays to
 run inside in channels_last: with smaller ones weights are large, and to reorder them costs what is gained."""
 
+WINOGRAD_PIXELS = 14 * 14
+"""The same where all convolutions are Winograd's, which take no other order."""
+
 MULTIHEAD_ELEMENTS = 1 << 17
 """Fewest elements of queries for which multi-head attention without autograd pays on the CPU."""
 
