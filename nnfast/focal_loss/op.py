@@ -15,10 +15,11 @@ A linear layer with its loss, `LINEAR`, has no operator of its own: it calls the
 a time.
 
 Those of softmax take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
-float64 for float64, else float32. A mean's denominator is how many targets are not ignored, or the sum of
-their weights, weight: (C,); else it is 1. Those of totals take x: (N, C) and target: (N,) too. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
-reference.py makes a row's gradient of, without a sum over the row. None is differentiable itself; `SOFTMAX`
-and `SIGMOID` are, which take what the functions of module.py take.
+float64 for float64, else float32. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
+reference.py makes a row's gradient of, without a sum over the row. Those of totals take x: (N, C) and target:
+(N,) too. A mean's denominator is how many targets are not ignored, or the sum of their weights, weight: (C,);
+else it is 1. None is differentiable itself; `SOFTMAX` and `SIGMOID` are, which take what the functions of
+module.py take.
 """
 
 from __future__ import annotations
@@ -654,7 +655,9 @@ def _softmax_total_backward(
 ) -> Tensor:
     rows, target = _deep(x, target)
     upstream = (grad / denominator).expand(target.shape)
-    result = reference.gradient_from_slopes(upstream, rows, target, slopes.reshape(3, *target.shape), ignore_index)
+    result = reference.gradient_from_slopes(
+        upstream, rows, target, slopes.reshape(3, *target.shape), ignore_index
+    )
     return result.reshape(x.shape)
 
 
@@ -764,9 +767,7 @@ def softmax_focal_loss(
     return result
 
 
-def _is_plain(
-    inputs: Tensor, targets: Tensor, alpha: Number | Tensor, gamma: float, reduction: str
-) -> bool:
+def _is_plain(inputs: Tensor, targets: Tensor, alpha: Number | Tensor, gamma: float, reduction: str) -> bool:
     """Valid rows for which the CPU's kernels are sure to be chosen."""
     return (
         not is_compiling()
