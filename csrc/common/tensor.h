@@ -100,6 +100,19 @@ inline Tensor new_like(const Tensor& x) {
   return Tensor(y);
 }
 
+// A contiguous float32 or float64 tensor on x's device, without the dispatcher's search by name.
+inline Tensor new_floats(const Tensor& x, std::initializer_list<int64_t> sizes, bool wide) {
+  int64_t strides[4], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  int32_t device_type;
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      device_type, x.get_device_index(), &y));
+  return Tensor(y);
+}
+
 // Element i of a's memory and element i of b's are the same element, for a and b of the same shape.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();

@@ -837,7 +837,8 @@ struct FocalDevice : Device {
   }
 };
 
-// What has an implementation here alone: the losses of rows as one, without their own memory.
+// What has an implementation here alone: the losses of rows as one, without their own memory. x may be (N, C)
+// too.
 struct CpuFocalLoss : FocalLoss<FocalDevice> {
   // (sum of losses / denominator, denominator, slopes). The denominator is one, or the mean's: how many rows
   // are not ignored, or the sum of their weights.
@@ -847,7 +848,7 @@ struct CpuFocalLoss : FocalLoss<FocalDevice> {
     return dispatch(softmax_name, x, [&](auto element) {
       using T = decltype(element);
       using Compute = typename Scalar<T>::Compute;
-      const Arguments<T> arguments(x, target);
+      const Arguments<T> arguments(x, target, true);
       const Alpha alphas = arguments.per_class("alpha", alpha);
       const Alpha weights = arguments.per_class("weight", weight);
       check_gamma(softmax_name, gamma);
@@ -863,11 +864,30 @@ struct CpuFocalLoss : FocalLoss<FocalDevice> {
     });
   }
 
+  static Tensor total_backward(const Tensor& grad, const Tensor& denominator, const Tensor& x,
+                               const Tensor& target, const Tensor& slopes, int64_t ignore_index) {
+    return dispatch(softmax_name, x, [&](auto element) {
+      using T = decltype(element);
+      using Compute = typename Scalar<T>::Compute;
+      const Arguments<T> arguments(x, target, true);
+      arguments.check_tensor("grad", grad, {});
+      arguments.check_tensor("denominator", denominator, {});
+      arguments.check_slopes(slopes);
+      const Tensor saved = contiguous(slopes);
+      const Compute upstream = *static_cast<const Compute*>(grad.const_data_ptr()) /
+                               *static_cast<const Compute*>(denominator.const_data_ptr());
+      Tensor dx = new_like(arguments.x);
+      FocalDevice::softmax_backward(arguments.rows(const_cast<void*>(saved.const_data_ptr()), ignore_index),
+                                    Upstream<Compute>{&upstream, 0}, static_cast<T*>(dx.mutable_data_ptr()),
+                                    -1);
+      return dx;
+    });
+  }
+
  private:
   template <class Compute>
   static Tensor scalar(const Tensor& like, double value) {
-    Tensor result = torch::stable::new_empty(
-        like, {}, std::make_optional(sizeof(Compute) == 8 ? ScalarType::Double : ScalarType::Float));
+    Tensor result = new_floats(like, {}, sizeof(Compute) == 8);
     *static_cast<Compute*>(result.mutable_data_ptr()) = Compute(value);
     return result;
   }
@@ -878,4 +898,5 @@ struct CpuFocalLoss : FocalLoss<FocalDevice> {
 STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   nnfast::cpu::CpuFocalLoss::add_to(m);
   m.impl("softmax_focal_loss_total", TORCH_BOX(&nnfast::cpu::CpuFocalLoss::total));
+  m.impl("softmax_focal_loss_total_backward", TORCH_BOX(&nnfast::cpu::CpuFocalLoss::total_backward));
 }

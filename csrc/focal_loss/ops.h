@@ -82,8 +82,8 @@ struct FocalLoss {
       using T = decltype(element);
       using Compute = typename Scalar<T>::Compute;
       const Arguments<T> arguments(x, target);
-      arguments.check_tensor("grad", grad, {x.size(0), x.size(2)});
-      arguments.check_tensor("slopes", slopes, {3, x.size(0), x.size(2)});
+      arguments.check_rows("grad", grad);
+      arguments.check_slopes(slopes);
       const bool one_for_all =
           (grad.size(0) == 1 || grad.stride(0) == 0) && (grad.size(1) == 1 || grad.stride(1) == 0);
       const Tensor upstream = one_for_all ? grad : contiguous(grad), saved = contiguous(slopes);
@@ -138,7 +138,7 @@ struct FocalLoss {
     return torch::stable::contiguous(tensor);
   }
 
-  // What both directions are given, checked and contiguous.
+  // What both directions are given, checked and contiguous. With `flat`, also (N, C) and targets (N,).
   template <class T>
   struct Arguments {
     using Compute = typename Scalar<T>::Compute;
@@ -146,15 +146,35 @@ struct FocalLoss {
         std::is_same_v<Compute, double> ? ScalarType::Double : ScalarType::Float;
     Tensor x, target;
 
-    Arguments(const Tensor& given, const Tensor& classes) : x(given), target(classes) {
-      check(x.dim() == 3, softmax_name, ": x has ", x.dim(), " dimensions; it takes 3: (N, C, S)");
-      check_tensor("target", target, {x.size(0), x.size(2)}, ScalarType::Long);
+    Arguments(const Tensor& given, const Tensor& classes, bool flat = false) : x(given), target(classes) {
+      if (!(flat && x.dim() == 2))
+        check(x.dim() == 3, softmax_name, ": x has ", x.dim(), " dimensions; it takes 3: (N, C, S)");
+      check_rows("target", target, ScalarType::Long);
       x = contiguous(x);
       target = contiguous(target);
     }
 
+    int64_t inner() const { return x.dim() == 2 ? 1 : x.size(2); }
+
     Tensor new_slopes() const {
-      return torch::stable::new_empty(x, {3, x.size(0), x.size(2)}, std::make_optional(dtype));
+      constexpr bool wide = sizeof(Compute) == 8;
+      return x.dim() == 2 ? new_floats(x, {3, x.size(0)}, wide)
+                          : new_floats(x, {3, x.size(0), x.size(2)}, wide);
+    }
+
+    void check_slopes(const Tensor& slopes) const {
+      if (x.dim() == 2)
+        check_tensor("slopes", slopes, {3, x.size(0)});
+      else
+        check_tensor("slopes", slopes, {3, x.size(0), x.size(2)});
+    }
+
+    // A value for each row.
+    void check_rows(const char* name, const Tensor& tensor, ScalarType expected = dtype) const {
+      if (x.dim() == 2)
+        check_tensor(name, tensor, {x.size(0)}, expected);
+      else
+        check_tensor(name, tensor, {x.size(0), x.size(2)}, expected);
     }
 
     SoftmaxRows<T> rows(void* slopes, int64_t ignore_index) const {
@@ -163,7 +183,7 @@ struct FocalLoss {
               static_cast<Compute*>(slopes),
               ignore_index,
               x.size(1),
-              x.size(2),
+              inner(),
               target.numel()};
     }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .op import MISH, SILU, activate
+from .op import MISH, SILU, activate, small_first
 
 
+@small_first(SILU)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """SiLU, also called Swish: input * sigmoid(input), elementwise.
 
@@ -28,11 +29,13 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return activate(SILU, input, inplace)
 
 
+@small_first(SILU)
 def swish(input: Tensor, inplace: bool = False) -> Tensor:
     """Swish with beta = 1: the same function as `silu`."""
     return activate(SILU, input, inplace)
 
 
+@small_first(MISH)
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Mish: input * tanh(softplus(input)), elementwise.
 
@@ -70,7 +73,7 @@ class SiLU(nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `nnfast.functional.silu`."""
-        return activate(SILU, input, self.inplace)
+        return silu(input, self.inplace)
 
 
 class Swish(SiLU):
@@ -92,4 +95,4 @@ class Mish(nn.Mish):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `nnfast.functional.mish`."""
-        return activate(MISH, input, self.inplace)
+        return mish(input, self.inplace)

@@ -11,6 +11,7 @@ They are not differentiable themselves; `SILU` and `MISH`, which choose among th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..core import tuning
 from ..core.op import Backend, Op, forced, forced_outside_compile
@@ -243,23 +244,45 @@ class Activation(Op):
         return Backend("cuda", partial(run, kernels), lambda x, inplace=False: kernel_why_not(x, inplace))
 
 
+def small_first(op: Activation) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorates a function(x, inplace): small plain tensors take torch's own at once, below Python.
+
+    Every check is paid for there: 1024 elements take torch a microsecond. torch.compile sees the function
+    alone, and so do exports, whose tensors are no plain ones.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        builtin, builtin_, least = op.builtin, op.builtin_, op.least
+
+        @functools.wraps(function)
+        def call(input: Tensor, inplace: bool = False) -> Tensor:
+            if (
+                type(input) is Tensor
+                and not is_dynamo_compiling()
+                and forced_outside_compile() is None
+                and input.numel() < least[input.requires_grad]
+            ):
+                try:
+                    if not inplace:
+                        return builtin(input)
+                    if not (input.requires_grad and input.is_leaf):
+                        return builtin_(input)
+                except NotImplementedError:  # a dtype: what is needed is said by `function`
+                    pass
+            return function(input, inplace)
+
+        return call
+
+    return decorate
+
+
 def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
     """Check the arguments and let the chosen backend run.
 
-    Small tensors, subclasses and torch.compile take torch's own at once; `op.explain` gives the same answer
-    with its reasons.
+    Subclasses and torch.compile take torch's own at once; `op.explain` gives that answer with its reasons.
     """
-    if is_compiling():
-        if forced() is None:
-            return op.function(x, inplace)
-    elif type(x) is Tensor and x.numel() < op.least[x.requires_grad] and forced_outside_compile() is None:
-        try:
-            if not inplace:
-                return op.builtin(x)
-            if not (x.requires_grad and x.is_leaf):
-                return op.builtin_(x)
-        except NotImplementedError:  # a dtype: what is needed is said below
-            pass
+    if is_compiling() and forced() is None:
+        return op.function(x, inplace)
     if type(x) is not Tensor:
         if torch.overrides.has_torch_function_unary(x) and forced() in (None, "aten"):
             return op.function(x, inplace)

@@ -1,7 +1,7 @@
 """Focal loss as operations: schemas, fakes, autograd, and who can serve.
 
-Four opaque operators, and the same again as overload `triton`; and one with a kernel on the CPU alone, where
-it saves the losses' way through memory and torch's passes over them:
+Four opaque operators, and the same again as overload `triton`; and two with kernels on the CPU alone, where
+they save the losses' way through memory and torch's passes over them:
 
     nnfast::softmax_focal_loss(x, target, alpha, gamma, ignore_index) -> (loss, slopes)
     nnfast::softmax_focal_loss_backward(grad, x, target, slopes, ignore_index) -> gradient
@@ -9,15 +9,17 @@ it saves the losses' way through memory and torch's passes over them:
     nnfast::sigmoid_focal_loss_backward(grad, x, target, alpha, gamma) -> gradient
     nnfast::softmax_focal_loss_total(x, target, alpha, weight, gamma, ignore_index, mean)
         -> (sum of losses / denominator, denominator, slopes)
+    nnfast::softmax_focal_loss_total_backward(grad, denominator, x, target, slopes, ignore_index) -> gradient
 
 A linear layer with its loss, `LINEAR`, has no operator of its own: it calls the first two, a chunk of rows at
 a time.
 
 Those of softmax take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
-float64 for float64, else float32. A mean's denominator is how many targets are not ignored, or the sum of
-their weights, weight: (C,); else it is 1. Slopes (3, N, S), in that dtype too, are what
-`gradient_from_slopes` of reference.py makes a row's gradient of, without a sum over the row. None is
-differentiable itself; `SOFTMAX` and `SIGMOID` are, which take what the functions of module.py take.
+float64 for float64, else float32. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
+reference.py makes a row's gradient of, without a sum over the row. Those of totals take x: (N, C) and target:
+(N,) too. A mean's denominator is how many targets are not ignored, or the sum of their weights, weight: (C,);
+else it is 1. None is differentiable itself; `SOFTMAX` and `SIGMOID` are, which take what the functions of
+module.py take.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..core import tuning
-from ..core.op import Backend, Op, forced
+from ..core import extension, tuning
+from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
+    DTYPES,
     LIBRARY,
     define,
     implement,
@@ -94,26 +97,6 @@ class SoftmaxKernels:
             result = self.forward(*args[:-1])[0]
         return result
 
-    def total(
-        self,
-        x: Tensor,
-        target: Tensor,
-        alpha: Tensor | None,
-        weight: Tensor | None,
-        gamma: float,
-        ignore_index: int,
-        mean: bool,
-    ) -> Tensor:
-        """The losses' sum or mean by the kernel on the CPU; not under transforms."""
-        result: Tensor
-        args = (x, target, alpha, weight, gamma, ignore_index, mean)
-        if x.requires_grad and torch.is_grad_enabled():
-            apply = _SoftmaxTotal.apply if is_compiling() else _softmax_total
-            result = apply(*args, self.backward)  # type: ignore[no-untyped-call]
-        else:
-            result = _total(*args)[0]
-        return result
-
 
 class _Softmax(torch.autograd.Function):
     """Losses of rows. Saves the arguments and the slopes."""
@@ -161,6 +144,12 @@ _total = define(
     "int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)",
     _total_fake,
 )
+_total_backward = define(
+    LIBRARY,
+    "softmax_focal_loss_total_backward(Tensor grad, Tensor denominator, Tensor x, Tensor target, "
+    "Tensor slopes, int ignore_index) -> Tensor",
+    lambda grad, denominator, x, *_: x.new_empty(x.shape),
+)
 
 
 class _SoftmaxTotal(torch.autograd.Function):
@@ -176,27 +165,52 @@ class _SoftmaxTotal(torch.autograd.Function):
         gamma: float,
         ignore_index: int,
         mean: bool,
-        backward: Callable[..., Tensor],
     ) -> Tensor:
         loss: Tensor
         loss, denominator, slopes = _total(x, target, alpha, weight, gamma, ignore_index, mean)
         ctx.save_for_backward(x, target, alpha, slopes, denominator)
-        ctx.options, ctx.kernel = (gamma, ignore_index), backward
+        ctx.options = gamma, ignore_index
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, target, alpha, slopes, denominator = ctx.saved_tensors
-        grad = (grad / denominator).expand(target.shape)
         result: Tensor
         if _needs_formula(grad, x):
-            result = reference.softmax_focal_loss_backward(grad, x, target, alpha, *ctx.options)
+            rows, targets = _deep(x, target)
+            grad = (grad / denominator).expand(targets.shape)
+            result = reference.softmax_focal_loss_backward(grad, rows, targets, alpha, *ctx.options)
+            result = result.reshape(x.shape)
         else:
-            result = ctx.kernel(grad, x, target, slopes, ctx.options[1])
-        return result, None, None, None, None, None, None, None
+            result = _total_backward(grad, denominator, x, target, slopes, ctx.options[1])
+        return result, None, None, None, None, None, None
+
+
+def _deep(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, S) and (N, S)."""
+    return (x, target) if x.dim() == 3 else (x.unsqueeze(2), target.unsqueeze(1))
 
 
 _softmax_total = super(torch.autograd.Function, _SoftmaxTotal).apply
+
+
+def _run_total(
+    x: Tensor,
+    target: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    gamma: float,
+    ignore_index: int,
+    mean: bool,
+) -> Tensor:
+    """The losses' sum or mean by the kernels on the CPU; not under transforms."""
+    result: Tensor
+    if x.requires_grad and torch.is_grad_enabled():
+        apply = _SoftmaxTotal.apply if is_compiling() else _softmax_total
+        result = apply(x, target, alpha, weight, gamma, ignore_index, mean)  # type: ignore[no-untyped-call]
+    else:
+        result = _total(x, target, alpha, weight, gamma, ignore_index, mean)[0]
+    return result
 
 
 class _SoftmaxTransformed(torch.autograd.Function):
@@ -629,9 +643,22 @@ def _softmax_total_forward(
     ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = 3, *target.shape
+    x, target = _deep(x, target)
     loss, slopes = _softmax_forward(x, target, alpha, gamma, ignore_index)
     denominator = _count(target, weight, ignore_index).to(loss.dtype) if mean else loss.new_ones(())
-    return loss.sum() / denominator, denominator, slopes
+    return loss.sum() / denominator, denominator, slopes.reshape(shape)
+
+
+def _softmax_total_backward(
+    grad: Tensor, denominator: Tensor, x: Tensor, target: Tensor, slopes: Tensor, ignore_index: int
+) -> Tensor:
+    rows, target = _deep(x, target)
+    upstream = (grad / denominator).expand(target.shape)
+    result = reference.gradient_from_slopes(
+        upstream, rows, target, slopes.reshape(3, *target.shape), ignore_index
+    )
+    return result.reshape(x.shape)
 
 
 @cache
@@ -647,7 +674,7 @@ SOFTMAX = FocalLoss(
     _softmax_why_not,
     _softmax_not_worth,
     lambda x: x.select(1, 0).long(),
-    partial(_run_softmax, total=_softmax_kernels(LIBRARY).total),
+    partial(_run_softmax, total=_run_total),
 )
 SIGMOID = FocalLoss(
     "sigmoid_focal_loss",
@@ -659,6 +686,7 @@ SIGMOID = FocalLoss(
     torch.empty_like,
 )
 LIBRARY.impl("softmax_focal_loss_total", _softmax_total_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("softmax_focal_loss_total_backward", _softmax_total_backward, "CompositeExplicitAutograd")
 implement("softmax_focal_loss", _softmax_forward, _softmax_in_triton)
 implement("softmax_focal_loss_backward", reference.gradient_from_slopes, _in_triton("softmax_backward"))
 implement("sigmoid_focal_loss", reference.sigmoid_focal_loss, _in_triton("sigmoid_forward"))
@@ -677,8 +705,20 @@ def softmax_focal_loss(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """Check the arguments and let the chosen backend run."""
+    """Check the arguments and let the chosen backend run.
+
+    Rows on the CPU and a number alpha take its kernels at once; `SOFTMAX.explain` gives the same answer with
+    its reasons.
+    """
     name = "nnfast.softmax_focal_loss"
+    if weight is None and not label_smoothing and _is_plain(inputs, targets, alpha, gamma, reduction):
+        try:
+            loss = _run_total(inputs, targets, None, None, float(gamma), ignore_index, reduction == "mean")
+        except RuntimeError as error:
+            if message := _out_of_range(targets, inputs.shape[1], ignore_index):
+                raise IndexError(f"{name}: {message}") from error
+            raise
+        return _as_given(inputs, _scaled(loss, alpha), loss.dtype)
     _check_tensors(name, inputs, targets)
     check_options(name, gamma, reduction)
     if not inputs.dim():
@@ -725,6 +765,34 @@ def softmax_focal_loss(
             raise IndexError(f"{name}: {message}") from error
         raise
     return result
+
+
+def _is_plain(inputs: Tensor, targets: Tensor, alpha: Number | Tensor, gamma: float, reduction: str) -> bool:
+    """Valid rows for which the CPU's kernels are sure to be chosen."""
+    return (
+        not is_compiling()
+        and type(inputs) is Tensor
+        and type(targets) is Tensor
+        and inputs.dtype in DTYPES
+        and targets.dtype is torch.int64
+        and inputs.is_cpu
+        and targets.is_cpu
+        and inputs.dim() == 2
+        and targets.dim() == 1
+        and len(targets) == len(inputs)
+        and inputs.numel() >= _LEAST
+        and inputs.is_contiguous()
+        and (type(alpha) is int or type(alpha) is float)
+        and (type(gamma) is int or type(gamma) is float)
+        and 0 <= gamma < math.inf
+        and (reduction == "mean" or reduction == "sum")
+        and forced_outside_compile() is None
+        and not extension.why_not("softmax_focal_loss_total", "CPU")
+        and not transformed()
+    )
+
+
+_LEAST = max(tuning.threshold("softmax_focal_loss", "cpu", grad) for grad in (False, True))
 
 
 def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str) -> Tensor:

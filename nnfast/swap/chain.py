@@ -210,8 +210,10 @@ def eager(x: object) -> bool:
 
 def small(module: nn.Module, x: Tensor) -> bool:
     """The module trains on so small an image that none of its chains is faster than its own forward."""
-    found: blocks.Extent = module.__dict__["_nnfast_extent"]
-    return module.training and not blocks.observers and found.small(x)
+    if not module.training or blocks.observers:
+        return False
+    found: blocks.Extent | None = module.__dict__.get("_nnfast_extent")
+    return (found or blocks.extent(module.modules())).small(x)  # a slice of a sequential has none
 
 
 def as_written(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:

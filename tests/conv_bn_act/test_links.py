@@ -262,7 +262,9 @@ def of_ours(block, x):
 def test_explain_tells_of_our_convolutions():
     """Never silent: it says whose the convolutions are, and why, as they then are."""
     block, x = nnfast.BasicBlock(8, 8), image(CHANNELS_LAST, size=6)
-    assert of_ours(block, x) == (["conv1, conv2: triton: interpreted: for tests, not for speed"], [])
+    reasons, ran = of_ours(block, x)
+    assert (reasons[0], ran) == ("conv1, conv2: triton: interpreted: for tests, not for speed", [])
+    assert any(reason.startswith("conv1, conv2: cpu: ") for reason in reasons)
     with nnfast.backend("triton"):
         assert of_ours(block, x) == ([], [True])
         assert "conv2d_act serves" in str(nnfast.explain(block, x))

@@ -1,0 +1,141 @@
+"""Sums and means of softmax focal loss within the operator, as the CPU's kernels have them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import nnfast
+from nnfast.core import extension
+from nnfast.focal_loss import op, reference
+
+pytestmark = pytest.mark.skipif(
+    bool(extension.why_not("softmax_focal_loss_total", "CPU")), reason="built without CPU kernels"
+)
+# a tile and less, whole packs and what is left, a row longer than a pack, long rows, strided ones
+SHAPES = [(1, 1), (7, 2), (64, 3), (67, 10), (130, 16), (65, 40), (33, 63), (5, 64), (40, 1000), (3, 11, 50)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def sample(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(sum(shape))
+    x = (torch.randn(shape) * 4).to(dtype)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]))
+    if target.numel() > 1:
+        target.flatten()[-1] = -100
+    return x, target, torch.linspace(0.5, 2, shape[1], dtype=op._compute_dtype(x))
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_formula(shape, dtype, gamma, mean):
+    x, target, weight = sample(shape, dtype)
+    loss, denominator, slopes = op._total(x, target, weight, weight if mean else None, gamma, -100, mean)
+    rows, targets = op._deep(x.double(), target)
+    truth = reference.softmax_focal_loss(rows, targets, weight.double(), gamma, -100).sum()
+    count = weight.double()[target[target != -100]].sum() if mean else torch.ones((), dtype=torch.float64)
+    eps = torch.finfo(loss.dtype).eps
+    fast = 2e-5 if dtype.itemsize == 2 else 0  # half types take a shorter polynomial
+    assert_close(denominator.double(), count, rtol=4 * eps, atol=0)
+    assert_close(loss.double(), truth / count, rtol=16 * eps + fast, atol=eps)
+
+    grad = torch.tensor(0.75, dtype=loss.dtype)
+    result = op._total_backward(grad, denominator, x, target, slopes, -100)
+    upstream = (0.75 / count).expand(targets.shape)
+    expected = reference.softmax_focal_loss_backward(upstream, rows, targets, weight.double(), gamma, -100)
+    assert_close(
+        result.double(),
+        expected.reshape(x.shape),
+        rtol=torch.finfo(dtype).eps + 64 * eps + fast,
+        atol=8 * eps,
+    )
+
+
+@pytest.mark.parametrize("shape", [(67, 10), (40, 1000), (3, 11, 50)], ids=str)
+def test_opcheck(shape):
+    x, target, weight = sample(shape, torch.float32)
+    args = x, target, None, weight, 1.5, -100, True
+    torch.library.opcheck(op._total, args)
+    loss, denominator, slopes = op._total(*args)
+    torch.library.opcheck(op._total_backward, (torch.ones(()), denominator, x, target, slopes, -100))
+
+
+@pytest.mark.parametrize("shape", [(100_003, 10), (3001, 1000), (31, 11, 503)], ids=str)
+def test_as_many_threads_as_there_are(shape):
+    """A result depends neither on the run nor on the number of threads."""
+    x, target, weight = sample(shape, torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 2, 5):
+            torch.set_num_threads(count)
+            found.append(op._total(x, target, None, weight, 2.0, -100, True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivatives(reduction):
+    x, target, _ = sample((9, 8), torch.float64)
+    x.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return nnfast.functional.softmax_focal_loss(x, target, 0.25, 1.5, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, x)
+    assert torch.autograd.gradgradcheck(loss, x)
+
+
+def test_many_rows_lose_no_digits():
+    """Losses of one size: a plain sum in float32 would be off by 1e-4 and more."""
+    x = torch.zeros(1 << 20, 4)
+    loss = nnfast.functional.softmax_focal_loss(x, torch.zeros(1 << 20, dtype=torch.long), gamma=0)
+    assert_close(loss.double(), torch.tensor(4.0, dtype=torch.float64).log(), rtol=2e-7, atol=0)
+
+
+def test_rows_without_a_target():
+    x = torch.randn(40, 10, requires_grad=True)
+    target = torch.full((40,), -100)
+    loss = nnfast.functional.softmax_focal_loss(x, target)
+    assert loss.isnan()  # as F.cross_entropy's
+    assert not torch.autograd.grad(loss, x)[0].any()
+    assert nnfast.functional.softmax_focal_loss(x, target, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("shape", [(67, 10), (40, 1000)], ids=str)
+def test_no_class(shape):
+    x, target, _ = sample(shape, torch.float32)
+    target[21] = shape[1]
+    with pytest.raises(IndexError, match=rf"class {shape[1]} at index 21;"):
+        nnfast.functional.softmax_focal_loss(x, target)
+    target[21] = (1 << 32) + 1  # its lower half is a class
+    with pytest.raises(IndexError, match=r"class 4294967297 at index 21;"):
+        nnfast.functional.softmax_focal_loss(x, target)
+
+
+def test_served_at_once_as_explained():
+    x, target, _ = sample((67, 10), torch.float32)
+    assert op._is_plain(x, target, 1, 2, "mean")
+    assert nnfast.explain("softmax_focal_loss", x, target).backend == "cpu"
+    with nnfast.backend("aten"):
+        assert not op._is_plain(x, target, 1, 2, "mean")
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_other_instruction_sets(isa):
+    here = f"{__file__}::test_against_formula"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here, "-k", "67 or 1000 or 63"]
+    done = subprocess.run(
+        command, env={**os.environ, "NNFAST_CPU_ISA": isa}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
