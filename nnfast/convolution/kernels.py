@@ -110,12 +110,28 @@ def _masked(grad, y, slope, ACT: tl.constexpr):
 
 
 @triton.jit
-def _summed(work_ptr, offsets, inside, size, splits):
-    """The splits' sums in order."""
-    acc = tl.zeros(offsets.shape, work_ptr.dtype.element_ty)
+def _put_aside(acc, work_ptr, pixel, there, pixels, columns, column):
+    """The sums of this program's split."""
+    tl.store(
+        work_ptr
+        + (tl.program_id(1) * tl.cast(pixels, tl.int64) + pixel)[:, None] * columns
+        + column[None, :],
+        acc,
+        mask=there[:, None] & (column < columns)[None, :],
+    )
+
+
+@triton.jit
+def _summed(work_ptr, rows, columns, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The splits' sums, in order, of a program's tile; its rows and columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets, inside = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)
+    size = tl.cast(rows, tl.int64) * columns
+    acc = tl.zeros([ROWS, COLUMNS], work_ptr.dtype.element_ty)
     for split in range(splits):
         acc += tl.load(work_ptr + offsets + split * size, mask=inside, other=0.0)
-    return acc
+    return acc, row, column
 
 
 @triton.jit
@@ -289,12 +305,7 @@ def forward_kernel(
         acc = acc.T
     pixel = _pixel(tile, image, out_y, out_x, out_height, out_width, ROWS, BOX_HEIGHT)
     if work_ptr is not None:
-        pixels = tl.cast(images, tl.int64) * out_height * out_width
-        tl.store(
-            work_ptr + (tl.program_id(1) * pixels + pixel)[:, None] * out_channels + column[None, :],
-            acc,
-            mask=there[:, None] & (column < out_channels)[None, :],
-        )
+        _put_aside(acc, work_ptr, pixel, there, images * out_height * out_width, out_channels, column)
     else:
         _epilogue(
             acc, pixel, there, count, out_channels, column, bias_ptr, residual_ptr, y_ptr, partial_ptr, tile,
@@ -319,10 +330,7 @@ def finish_kernel(
 ):
     """The splits' sums in order, and the epilogue."""
     tile = tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    offsets, inside = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)
-    acc = _summed(work_ptr, offsets, inside, tl.cast(rows, tl.int64) * columns, splits)
+    acc, row, column = _summed(work_ptr, rows, columns, splits, ROWS, COLUMNS)
     _epilogue(
         acc, row, row < rows, tl.minimum(rows - tile * ROWS, ROWS), columns, column, bias_ptr, residual_ptr,
         y_ptr, partial_ptr, tile, tl.cdiv(rows, ROWS), slope, ACT,
@@ -439,12 +447,7 @@ def input_gradient_kernel(
     in_line: tl.constexpr = BOX_HEIGHT if STRIDE_HEIGHT * STRIDE_WIDTH == 1 else 1
     pixel = _pixel(tile, image, y, x, height, width, ROWS, in_line)
     if work_ptr is not None:
-        pixels = tl.cast(images, tl.int64) * height * width
-        tl.store(
-            work_ptr + (tl.program_id(1) * pixels + pixel)[:, None] * channels + column[None, :],
-            acc,
-            mask=there[:, None] & (column < channels)[None, :],
-        )
+        _put_aside(acc, work_ptr, pixel, there, images * height * width, channels, column)
     else:
         _input_epilogue(
             acc, pixel, there, channels, column, added_ptr, x_ptr, center_ptr, scale_ptr, shift_ptr,
@@ -474,10 +477,7 @@ def finish_input_gradient_kernel(
 ):
     """The splits' sums in order, and what comes after them."""
     tile = tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    offsets, inside = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)
-    acc = _summed(work_ptr, offsets, inside, tl.cast(rows, tl.int64) * columns, splits)
+    acc, row, column = _summed(work_ptr, rows, columns, splits, ROWS, COLUMNS)
     _input_epilogue(
         acc, row, row < rows, columns, column, added_ptr, x_ptr, center_ptr, scale_ptr, shift_ptr, slope,
         dx_ptr, partial_ptr, tile, tl.cdiv(rows, ROWS), PROLOGUE, SCALED,

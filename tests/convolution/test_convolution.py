@@ -17,6 +17,7 @@ from nnfast.conv_bn_act.op import merge_statistics
 from nnfast.convolution import op, reference
 from nnfast.core import tuning
 from nnfast.core.op import triton_why_not
+from tests.conftest import DEVICES
 
 LAST = torch.channels_last
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,15 +48,21 @@ PROLOGUES = ("", "identity", "relu", "leaky_relu", "silu", "mish")
 def kernels(request):
     """The three operators of a backend."""
     if request.param == "triton":
-        if missing := triton_why_not("cpu"):
+        if missing := triton_why_not(DEVICES[-1]):
             pytest.skip(missing)
         return op.CONV2D_ACT.kernels
     return reference
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_place():
+    """On a GPU where there is one, float32 as it is."""
     torch.manual_seed(0)
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    with torch.device(DEVICES[-1]):
+        yield
+    settings.fp32_precision = before
 
 
 def make(shape, dtype, epilogue=(), prologue="", center=True):
@@ -189,10 +196,12 @@ BOXED = {  # as SHAPES; boxes of the height and width named, all filled or not
 @pytest.fixture
 def described(monkeypatch):
     """The boxes of images that the copy engine would load, on an architecture that has one."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     from nnfast.convolution import kernels
 
+    if DEVICES[-1] == "cuda" and kernels.architecture(torch.device("cuda")) not in ("sm_90", "sm_100"):
+        pytest.skip("this GPU has no copy engine")
     made = []
     original = kernels.TensorDescriptor
 
@@ -278,13 +287,15 @@ CONFIGS = [(size, config) for size, configs in tuning.CONV_CONFIGS.items() for c
 def test_every_configuration_is_right(size, config, boxes, monkeypatch, request):
     """A template of 3x3 convolutions elsewhere was wrong at 8 warps (pytorch#173068): every one that
     is shipped goes over tiles and steps that are not full."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     if boxes and (size != 2 or config.depth < 64):
         pytest.skip("the copy engine serves half types, and more than 32 channels")
     from nnfast.convolution import kernels
 
     made = request.getfixturevalue("described") if boxes else None
+    if not boxes:
+        monkeypatch.setattr(kernels, "architecture", lambda _: "sm_80")
 
     def chosen(*args):
         return config
@@ -330,11 +341,13 @@ def test_every_configuration_is_right(size, config, boxes, monkeypatch, request)
 @pytest.mark.parametrize("boxes", [False, True], ids=["pointers", "boxes"])
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_split_sums_are_the_same(splits, boxes, monkeypatch, request):
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     from nnfast.convolution import kernels
 
     made = request.getfixturevalue("described") if boxes else None
+    if not boxes:
+        monkeypatch.setattr(kernels, "architecture", lambda _: "sm_80")
 
     def split(tiles, steps):
         each = -(-steps // splits)
@@ -382,7 +395,7 @@ def function(x, weight, bias, residual, scale, shift, **options):
 
 @pytest.mark.parametrize("name", ["leaky_relu", "silu"])
 def test_gradcheck_of_everything(name):
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     leaves = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -395,7 +408,7 @@ def test_gradcheck_of_everything(name):
 
 def test_gradients_are_the_references():
     """Of every argument, of a slope below zero and of one argument alone."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     for name, slope in (("relu", 0.0), ("leaky_relu", -0.5), ("mish", 0.0)):
         leaves = [
@@ -418,7 +431,7 @@ def test_gradients_are_the_references():
 
 def test_what_is_saved():
     """x and y; not what the prologue makes of x."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     x = torch.randn(2, 16, 8, 8).contiguous(memory_format=LAST).requires_grad_()
     weight = torch.randn(16, 16, 3, 3, requires_grad=True)
