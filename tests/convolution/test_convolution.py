@@ -222,12 +222,13 @@ def test_boxes(shape, described):
     for i, prologue in enumerate(("", "relu", "mish", "identity")):
         epilogue = list(EPILOGUES)[(turn + 2 * i) % len(EPILOGUES)]
         check_forward(kernels, BOXED[shape], dtypes[i % 2], epilogue, prologue, center=i < 2)
-    assert len(described) == 4
+    check_forward(kernels, BOXED[shape], dtypes[turn % 2], "statistics", "")
+    assert len(described) == 5
     for i, (prologue, code) in enumerate((("", ("relu",)), ("silu", ()), ("relu", ("leaky_relu",)))):
         check_gradients(kernels, BOXED[shape], dtypes[(turn + i) % 2], code, prologue)
     if shape[0].isdigit():
         assert {f"{height}x{width}" for _, height, width, _ in described} == {shape.split()[0]}
-    assert len(described) > 4 + 3 * 5
+    assert len(described) > 5 + 3 * 5
 
 
 def test_an_infinite_pixel_beside_a_box_is_not_seen(described):
