@@ -49,10 +49,13 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> Iterator[Tensor]:
 
 
 def close(result: Tensor, truth: Tensor) -> None:
-    """As near as a sanitizer's run has to show: the tests measure errors."""
+    """As near as a sanitizer's run has to show: the tests measure errors.
+
+    A truth may be zero throughout, as the gradient of queries that see one key: terms of order 1 cancel.
+    """
     result, truth = result.detach(), truth.detach()
     part = {2: 2e-2, 4: 1e-4, 8: 1e-9}[result.itemsize]
-    assert_close(result.double(), truth, rtol=part, atol=max(part * float(truth.abs().max()), 1e-7))
+    assert_close(result.double(), truth, rtol=part, atol=part * max(float(truth.abs().max()), 0.1))
 
 
 def check(case: Case, x: Tensor) -> None:

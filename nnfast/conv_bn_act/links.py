@@ -24,7 +24,7 @@ from ..convolution.op import CONV2D_ACT, Prologue, with_statistics
 from ..convolution.op import Kernels as Convolutions
 from ..convolution.op import run as convolve_and_act
 from ..convolution.reference import convolve
-from ..core.operator import compute_dtype, convolved_size
+from ..core.operator import by_formula, compute_dtype, convolved_size
 from . import fold, reference
 from .module import activation_code, count_batch, norm_of
 from .op import BATCH_NORM_ACT, Norm, check, enter_running, merge_statistics, recomputing, run
@@ -242,9 +242,8 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        requires = any(t is not None and t.requires_grad for t in (grad, *saved))
-        formula = requires and torch.is_grad_enabled()
-        du, dgamma, dbeta, dweight = (_gradients_by_formula if formula else _gradients)(ctx, grad, *saved)
+        gradients = _gradients_by_formula if by_formula(grad, *saved) else _gradients
+        du, dgamma, dbeta, dweight = gradients(ctx, grad, *saved)
         offset = ctx.options[0].offset
         zeros = None if offset is None else torch.zeros_like(offset)
         return du, dgamma, dbeta, zeros, dweight, *[None] * 9

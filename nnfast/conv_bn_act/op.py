@@ -44,6 +44,7 @@ from ..core import tuning
 from ..core.op import Backend, Op, forced, forced_outside_compile, triton_why_not
 from ..core.operator import (
     LIBRARY,
+    by_formula,
     channels_innermost,
     compute_dtype,
     define,
@@ -314,10 +315,8 @@ class _BatchNormAct(torch.autograd.Function):
             for n in (norm, residual_norm)
         ]
         saved = ctx.saved_tensors
-        requires = any(t is not None and t.requires_grad for t in (grad, *saved))
-        batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
-        formula = batched or (requires and torch.is_grad_enabled())
-        dx, dw, db, dr, drw, drb = (_gradients_by_formula if formula else _gradients)(ctx, grad, *saved)
+        gradients = _gradients_by_formula if by_formula(grad, *saved) else _gradients
+        dx, dw, db, dr, drw, drb = gradients(ctx, grad, *saved)
         rest = [None] * (5 + ctx.moments_given)
         return dx, dw, db, zeros[0], dr, drw, drb, zeros[1], *rest
 

@@ -65,7 +65,7 @@ def _prologue(x, inside, known, channel, center_ptr, scale_ptr, shift_ptr, slope
 def _pixels(
     tile, images, height, width, ROWS: tl.constexpr, BOX_HEIGHT: tl.constexpr, BOX_WIDTH: tl.constexpr
 ):
-    """A tile's pixels, their images, y and x, whether there are such; and the same of the first of a box.
+    """Image, y and x of a tile's pixels, which there are and how many, and those of the first of a box.
 
     Pixels follow each other in memory where no box is given, else a box has as many images as fit.
     """
@@ -74,16 +74,27 @@ def _pixels(
         first_image, first_y, first_x = tile * 0, tile * 0, tile * 0
         row = tile * ROWS + place
         image, y, x = row // (height * width), (row // width) % height, row % width
-        pixel, there = row.to(tl.int64), row < images * height * width
+        there, count = row < images * height * width, tl.minimum(images * height * width - tile * ROWS, ROWS)
     else:
         down, across = tl.cdiv(height, BOX_HEIGHT), tl.cdiv(width, BOX_WIDTH)
         first_image = tile // (down * across) * (ROWS // (BOX_HEIGHT * BOX_WIDTH))
         first_y, first_x = (tile // across) % down * BOX_HEIGHT, tile % across * BOX_WIDTH
         image = first_image + place // (BOX_HEIGHT * BOX_WIDTH)
         y, x = first_y + (place // BOX_WIDTH) % BOX_HEIGHT, first_x + place % BOX_WIDTH
-        pixel = (image.to(tl.int64) * height + y) * width + x
         there = (image < images) & (y < height) & (x < width)
-    return pixel, image.to(tl.int64), y, x, there, first_image, first_y, first_x
+        count = tl.minimum(images - first_image, ROWS // (BOX_HEIGHT * BOX_WIDTH))
+        count *= tl.minimum(height - first_y, BOX_HEIGHT) * tl.minimum(width - first_x, BOX_WIDTH)
+    return image.to(tl.int64), y, x, there, count, first_image, first_y, first_x
+
+
+@triton.jit
+def _pixel(tile, image, y, x, height, width, ROWS: tl.constexpr, BOX_HEIGHT: tl.constexpr):
+    """Places of a tile's pixels in memory."""
+    if BOX_HEIGHT == 0:
+        pixel = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    else:
+        pixel = (image * height + y) * width + x
+    return pixel
 
 
 @triton.jit
@@ -99,12 +110,28 @@ def _masked(grad, y, slope, ACT: tl.constexpr):
 
 
 @triton.jit
-def _summed(work_ptr, offsets, inside, size, splits):
-    """The splits' sums in order."""
-    acc = tl.zeros(offsets.shape, work_ptr.dtype.element_ty)
+def _put_aside(acc, work_ptr, pixel, there, pixels, columns, column):
+    """The sums of this program's split."""
+    tl.store(
+        work_ptr
+        + (tl.program_id(1) * tl.cast(pixels, tl.int64) + pixel)[:, None] * columns
+        + column[None, :],
+        acc,
+        mask=there[:, None] & (column < columns)[None, :],
+    )
+
+
+@triton.jit
+def _summed(work_ptr, rows, columns, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The splits' sums, in order, of a program's tile; its rows and columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets, inside = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)
+    size = tl.cast(rows, tl.int64) * columns
+    acc = tl.zeros([ROWS, COLUMNS], work_ptr.dtype.element_ty)
     for split in range(splits):
         acc += tl.load(work_ptr + offsets + split * size, mask=inside, other=0.0)
-    return acc
+    return acc, row, column
 
 
 @triton.jit
@@ -112,6 +139,7 @@ def _epilogue(
     acc,
     pixel,
     there,
+    count,
     columns,
     column,
     bias_ptr,
@@ -135,9 +163,8 @@ def _epilogue(
     y = act(acc, slope, ACT, dtype == tl.float32).to(dtype)
     tl.store(y_ptr + offsets, y, mask=inside)
     if partial_ptr is not None:
-        count = tl.sum(there.to(acc.dtype))
         values = tl.where(inside, wide(y), 0.0)
-        mean = tl.sum(values, 0) / count
+        mean = tl.sum(values, 0) / count.to(acc.dtype)
         apart = tl.where(inside, values - mean[None, :], 0.0)
         out_ptr = partial_ptr + tile.to(tl.int64) * columns + column
         step = tl.cast(partials, tl.int64) * columns
@@ -230,7 +257,7 @@ def forward_kernel(
     With boxes x and weight are descriptors, weight of (O, taps * C), C in whole steps, and strides are 1.
     """
     tile, tile_column = _place(tl.program_id(0), tiles, tl.cdiv(out_channels, COLUMNS), GROUP)
-    pixel, image, out_y, out_x, there, first_image, first_y, first_x = _pixels(
+    image, out_y, out_x, there, count, first_image, first_y, first_x = _pixels(
         tile, images, out_height, out_width, ROWS, BOX_HEIGHT, BOX_WIDTH
     )
     top, left = out_y * STRIDE_HEIGHT - pad_height, out_x * STRIDE_WIDTH - pad_width
@@ -276,17 +303,13 @@ def forward_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if SWAP:
         acc = acc.T
+    pixel = _pixel(tile, image, out_y, out_x, out_height, out_width, ROWS, BOX_HEIGHT)
     if work_ptr is not None:
-        pixels = tl.cast(images, tl.int64) * out_height * out_width
-        tl.store(
-            work_ptr + (tl.program_id(1) * pixels + pixel)[:, None] * out_channels + column[None, :],
-            acc,
-            mask=there[:, None] & (column < out_channels)[None, :],
-        )
+        _put_aside(acc, work_ptr, pixel, there, images * out_height * out_width, out_channels, column)
     else:
         _epilogue(
-            acc, pixel, there, out_channels, column, bias_ptr, residual_ptr, y_ptr, partial_ptr, tile, tiles,
-            slope, ACT,
+            acc, pixel, there, count, out_channels, column, bias_ptr, residual_ptr, y_ptr, partial_ptr, tile,
+            tiles, slope, ACT,
         )  # fmt: skip
 
 
@@ -307,13 +330,10 @@ def finish_kernel(
 ):
     """The splits' sums in order, and the epilogue."""
     tile = tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    offsets, inside = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)
-    acc = _summed(work_ptr, offsets, inside, tl.cast(rows, tl.int64) * columns, splits)
+    acc, row, column = _summed(work_ptr, rows, columns, splits, ROWS, COLUMNS)
     _epilogue(
-        acc, row, row < rows, columns, column, bias_ptr, residual_ptr, y_ptr, partial_ptr, tile,
-        tl.cdiv(rows, ROWS), slope, ACT,
+        acc, row, row < rows, tl.minimum(rows - tile * ROWS, ROWS), columns, column, bias_ptr, residual_ptr,
+        y_ptr, partial_ptr, tile, tl.cdiv(rows, ROWS), slope, ACT,
     )  # fmt: skip
 
 
@@ -369,12 +389,12 @@ def input_gradient_kernel(
     of_one = tiles * columns_of_tiles
     remainder = tl.program_id(0) // of_one
     tile, tile_column = _place(tl.program_id(0) % of_one, tiles, columns_of_tiles, GROUP)
-    pixel, image, y, x, there, first_image, first_y, first_x = _pixels(
+    image, y, x, there, _, first_image, first_y, first_x = _pixels(
         tile, images, high, wide_, ROWS, BOX_HEIGHT, BOX_WIDTH
     )
     if STRIDE_HEIGHT * STRIDE_WIDTH > 1:
         y, x = y * STRIDE_HEIGHT + remainder // STRIDE_WIDTH, x * STRIDE_WIDTH + remainder % STRIDE_WIDTH
-        pixel, there = (image * height + y) * width + x, there & (y < height) & (x < width)
+        there = there & (y < height) & (x < width)
     column = tile_column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     first_down = (remainder // STRIDE_WIDTH + pad_height) % STRIDE_HEIGHT
     first_right = (remainder % STRIDE_WIDTH + pad_width) % STRIDE_WIDTH
@@ -424,13 +444,10 @@ def input_gradient_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if SWAP:
         acc = acc.T
+    in_line: tl.constexpr = BOX_HEIGHT if STRIDE_HEIGHT * STRIDE_WIDTH == 1 else 1
+    pixel = _pixel(tile, image, y, x, height, width, ROWS, in_line)
     if work_ptr is not None:
-        pixels = tl.cast(images, tl.int64) * height * width
-        tl.store(
-            work_ptr + (tl.program_id(1) * pixels + pixel)[:, None] * channels + column[None, :],
-            acc,
-            mask=there[:, None] & (column < channels)[None, :],
-        )
+        _put_aside(acc, work_ptr, pixel, there, images * height * width, channels, column)
     else:
         _input_epilogue(
             acc, pixel, there, channels, column, added_ptr, x_ptr, center_ptr, scale_ptr, shift_ptr,
@@ -460,10 +477,7 @@ def finish_input_gradient_kernel(
 ):
     """The splits' sums in order, and what comes after them."""
     tile = tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    offsets, inside = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)
-    acc = _summed(work_ptr, offsets, inside, tl.cast(rows, tl.int64) * columns, splits)
+    acc, row, column = _summed(work_ptr, rows, columns, splits, ROWS, COLUMNS)
     _input_epilogue(
         acc, row, row < rows, columns, column, added_ptr, x_ptr, center_ptr, scale_ptr, shift_ptr, slope,
         dx_ptr, partial_ptr, tile, tl.cdiv(rows, ROWS), PROLOGUE, SCALED,
@@ -537,7 +551,7 @@ def weight_gradient_kernel(
     acc = tl.zeros([ROWS, COLUMNS], dtype)
     bias = tl.zeros([ROWS], dtype)
     for step in range(first, last):
-        pixel, image, out_y, out_x, there, first_image, first_y, first_x = _pixels(
+        image, out_y, out_x, there, _, first_image, first_y, first_x = _pixels(
             step, images, out_height, out_width, DEPTH, BOX_HEIGHT, BOX_WIDTH
         )
         top, left = out_y * STRIDE_HEIGHT - pad_height, out_x * STRIDE_WIDTH - pad_width
@@ -547,6 +561,7 @@ def weight_gradient_kernel(
             corner = ((image * height + top) * width + left) * channels
             offsets = corner[:, None] + (down * width + right) * channels + channel[None, :]
             b = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+            pixel = _pixel(step, image, out_y, out_x, out_height, out_width, DEPTH, BOX_HEIGHT)
             offsets = pixel[:, None] * out_channels + out_channel[None, :]
             of_grad = there[:, None] & of_weight[None, :]
             a = tl.load(grad_ptr + offsets, mask=of_grad, other=0.0)

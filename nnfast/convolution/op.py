@@ -36,6 +36,7 @@ from ..core import tuning
 from ..core.op import Backend, Op, forced
 from ..core.operator import (
     LIBRARY,
+    by_formula,
     compute_dtype,
     convolved_size,
     define,
@@ -193,11 +194,8 @@ class _Conv2dAct(torch.autograd.Function):
         if grad is None:
             return added, *[None] * 10
         saved = ctx.saved_tensors
-        requires = any(t is not None and t.requires_grad for t in (grad, added, *saved))
-        batched = not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
-        formula = batched or (requires and torch.is_grad_enabled())
-        found = (_gradients_by_formula if formula else _gradients)(ctx, grad, added, *saved)
-        return *found, *[None] * 4
+        gradients = _gradients_by_formula if by_formula(grad, added, *saved) else _gradients
+        return *gradients(ctx, grad, added, *saved), *[None] * 4
 
 
 Gradients = tuple[Tensor | None, ...]

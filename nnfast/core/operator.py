@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import extension, tuning
 from .op import triton_why_not
@@ -71,6 +72,13 @@ def dense(x: Tensor) -> Tensor:
 def transformed() -> bool:
     """A torch.func transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def by_formula(grad: Tensor, *others: Tensor | None) -> bool:
+    """A backward pass with these is itself differentiated, or batched, as our kernels are not."""
+    if not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)):
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, *others))
 
 
 def plain_why_not(name: str, x: Tensor) -> list[str]:

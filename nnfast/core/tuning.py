@@ -196,7 +196,7 @@ CONV_INPUT_WIDEST = 64
 CONV_WEIGHT_CONFIGS: dict[int, tuple[ConvConfig, ...]] = {
     2: (ConvConfig(64, 64, 64, 4, 3),),
     4: (ConvConfig(64, 64, 16, 8, 2),),
-    8: (ConvConfig(32, 32, 16, 4, 2),),
+    8: (ConvConfig(32, 32, 16, 8, 2),),
 }
 
 

@@ -286,3 +286,19 @@ def test_explain_tells_of_our_convolutions():
         block.relu = nn.Hardswish()
         words = "conv1, conv2: the activation is another module, in training called as it is"
         assert of_ours(block, x) == ([words], [])
+
+
+def test_many_gradients_at_once(calls):
+    """Batched, as `torch.autograd.functional.jacobian(vectorize=True)` asks for them."""
+    torch.manual_seed(0)
+    block = nnfast.ResidualBlock(2, 3).double()
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    with nnfast.backend("triton"):
+        y = block(x)
+    upstream = torch.randn(3, *y.shape, dtype=torch.float64)
+    leaves = [x, *block.parameters()]
+    together = torch.autograd.grad(y, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        alone = torch.autograd.grad(y, leaves, one, retain_graph=True)
+        assert_close([t[i] for t in together], list(alone), rtol=1e-9, atol=1e-11)
+    assert calls

@@ -17,6 +17,7 @@ from nnfast.conv_bn_act.op import merge_statistics
 from nnfast.convolution import op, reference, winograd
 from nnfast.core import extension, tuning
 from nnfast.core.op import triton_why_not
+from tests.conftest import DEVICES
 
 LAST = torch.channels_last
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ PROLOGUES = ("", "identity", "relu", "leaky_relu", "silu", "mish")
 def kernels(request):
     """The three operators of a backend."""
     if request.param == "triton":
-        if missing := triton_why_not("cpu"):
+        if missing := triton_why_not(DEVICES[-1]):
             pytest.skip(missing)
         return op.CONV2D_ACT.kernels
     if request.param == "cpu":
@@ -65,8 +66,14 @@ def served(kernels, shape, dtype):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_place():
+    """On a GPU where there is one, float32 as it is."""
     torch.manual_seed(0)
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    with torch.device(DEVICES[-1]):
+        yield
+    settings.fp32_precision = before
 
 
 def make(shape, dtype, epilogue=(), prologue="", center=True):
@@ -204,10 +211,12 @@ BOXED = {  # as SHAPES; boxes of the height and width named, all filled or not
 @pytest.fixture
 def described(monkeypatch):
     """The boxes of images that the copy engine would load, on an architecture that has one."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     from nnfast.convolution import kernels
 
+    if DEVICES[-1] == "cuda" and kernels.architecture(torch.device("cuda")) not in ("sm_90", "sm_100"):
+        pytest.skip("this GPU has no copy engine")
     made = []
     original = kernels.TensorDescriptor
 
@@ -228,12 +237,13 @@ def test_boxes(shape, described):
     for i, prologue in enumerate(("", "relu", "mish", "identity")):
         epilogue = list(EPILOGUES)[(turn + 2 * i) % len(EPILOGUES)]
         check_forward(kernels, BOXED[shape], dtypes[i % 2], epilogue, prologue, center=i < 2)
-    assert len(described) == 4
+    check_forward(kernels, BOXED[shape], dtypes[turn % 2], "statistics", "")
+    assert len(described) == 5
     for i, (prologue, code) in enumerate((("", ("relu",)), ("silu", ()), ("relu", ("leaky_relu",)))):
         check_gradients(kernels, BOXED[shape], dtypes[(turn + i) % 2], code, prologue)
     if shape[0].isdigit():
         assert {f"{height}x{width}" for _, height, width, _ in described} == {shape.split()[0]}
-    assert len(described) > 4 + 3 * 5
+    assert len(described) > 5 + 3 * 5
 
 
 def test_an_infinite_pixel_beside_a_box_is_not_seen(described):
@@ -293,13 +303,15 @@ CONFIGS = [(size, config) for size, configs in tuning.CONV_CONFIGS.items() for c
 def test_every_configuration_is_right(size, config, boxes, monkeypatch, request):
     """A template of 3x3 convolutions elsewhere was wrong at 8 warps (pytorch#173068): every one that
     is shipped goes over tiles and steps that are not full."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     if boxes and (size != 2 or config.depth < 64):
         pytest.skip("the copy engine serves half types, and more than 32 channels")
     from nnfast.convolution import kernels
 
     made = request.getfixturevalue("described") if boxes else None
+    if not boxes:
+        monkeypatch.setattr(kernels, "architecture", lambda _: "sm_80")
 
     def chosen(*args):
         return config
@@ -345,11 +357,13 @@ def test_every_configuration_is_right(size, config, boxes, monkeypatch, request)
 @pytest.mark.parametrize("boxes", [False, True], ids=["pointers", "boxes"])
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_split_sums_are_the_same(splits, boxes, monkeypatch, request):
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     from nnfast.convolution import kernels
 
     made = request.getfixturevalue("described") if boxes else None
+    if not boxes:
+        monkeypatch.setattr(kernels, "architecture", lambda _: "sm_80")
 
     def split(tiles, steps):
         each = -(-steps // splits)
@@ -397,7 +411,7 @@ def function(x, weight, bias, residual, scale, shift, **options):
 
 @pytest.mark.parametrize("name", ["leaky_relu", "silu"])
 def test_gradcheck_of_everything(name):
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     leaves = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -410,7 +424,7 @@ def test_gradcheck_of_everything(name):
 
 def test_gradients_are_the_references():
     """Of every argument, of a slope below zero and of one argument alone."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     for name, slope in (("relu", 0.0), ("leaky_relu", -0.5), ("mish", 0.0)):
         leaves = [
@@ -433,7 +447,7 @@ def test_gradients_are_the_references():
 
 def test_what_is_saved():
     """x and y; not what the prologue makes of x."""
-    if missing := triton_why_not("cpu"):
+    if missing := triton_why_not(DEVICES[-1]):
         pytest.skip(missing)
     x = torch.randn(2, 16, 8, 8).contiguous(memory_format=LAST).requires_grad_()
     weight = torch.randn(16, 16, 3, 3, requires_grad=True)
