@@ -208,6 +208,11 @@ BOXED = {  # as SHAPES; boxes of the height and width named, all filled or not
 }
 
 
+def unsplit(tiles, steps):
+    """Few tiles too: what the convolution itself writes is looked at."""
+    return 1, steps
+
+
 @pytest.fixture
 def described(monkeypatch):
     """The boxes of images that the copy engine would load, on an architecture that has one."""
@@ -226,6 +231,7 @@ def described(monkeypatch):
 
     monkeypatch.setattr(kernels, "architecture", lambda _: "sm_90")
     monkeypatch.setattr(kernels, "TensorDescriptor", descriptor)
+    monkeypatch.setattr(kernels, "conv_splits", unsplit)
     return made
 
 
@@ -317,6 +323,7 @@ def test_every_configuration_is_right(size, config, boxes, monkeypatch, request)
         return config
 
     monkeypatch.setattr(kernels, "conv_config", chosen)
+    monkeypatch.setattr(kernels, "conv_splits", unsplit)
     for dtype in (d for d in DTYPES if d.itemsize == size):
         side = 9 if config.rows == 128 else 6  # two tiles of pixels, of channels made and of depth
         channels, out_channels = config.depth + 6, config.columns + 3

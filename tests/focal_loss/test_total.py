@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 # a tile and less, whole packs and what is left, a row longer than a pack, long rows, strided ones
 SHAPES = [(1, 1), (7, 2), (64, 3), (67, 10), (130, 16), (65, 40), (33, 63), (5, 64), (40, 1000), (3, 11, 50)]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +33,6 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_formula(shape, dtype, gamma, mean):
     x, target, weight = sample(shape, dtype)
@@ -64,7 +62,7 @@ def test_opcheck(shape):
     x, target, weight = sample(shape, torch.float32)
     args = x, target, None, weight, 1.5, -100, True
     torch.library.opcheck(op._total, args)
-    loss, denominator, slopes = op._total(*args)
+    _, denominator, slopes = op._total(*args)
     torch.library.opcheck(op._total_backward, (torch.ones(()), denominator, x, target, slopes, -100))
 
 
