@@ -271,6 +271,8 @@ def test_vmap_and_transforms(case: Case, run):
 
 
 def test_autocast_keeps_the_dtype(case: Case, run, dtype):
+    if not case.takes(run.backend, torch.bfloat16):
+        pytest.skip("autocast casts to a type that this backend does not take")
     x = case.samples[1](dtype, run.device)
     with torch.autocast(run.device, dtype=torch.bfloat16):
         assert run(case.ours, x).dtype == case.torchs(x).dtype
