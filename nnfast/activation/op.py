@@ -216,11 +216,12 @@ class Activation(Op):
     Attributes:
         function: torch's function, `function(x, inplace)`.
         builtin, builtin_: the same below Python, `builtin(x)`, and in place.
-        least: fewest elements for which it is worth asking who serves.
+        least: fewest elements for which it is worth asking who serves, without and with a gradient.
     """
 
     def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
-        self.function, self.least = function, tuning.smallest(name)
+        self.function = function
+        self.least = tuning.smallest(name), tuning.smallest(name, grad=True)
         self.builtin: Callable[[Tensor], Tensor]
         self.builtin_: Callable[[Tensor], Tensor]
         self.builtin, self.builtin_ = (getattr(torch._C._nn, f"{name}{end}") for end in ("", "_"))
@@ -251,11 +252,11 @@ def activate(op: Activation, x: Tensor, inplace: bool) -> Tensor:
     if is_compiling():
         if forced() is None:
             return op.function(x, inplace)
-    elif type(x) is Tensor and x.numel() < op.least and forced_outside_compile() is None:
+    elif type(x) is Tensor and x.numel() < op.least[x.requires_grad] and forced_outside_compile() is None:
         try:
             if not inplace:
                 return op.builtin(x)
-            if not x.requires_grad:
+            if not (x.requires_grad and x.is_leaf):
                 return op.builtin_(x)
         except NotImplementedError:  # a dtype: what is needed is said below
             pass

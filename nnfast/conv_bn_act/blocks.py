@@ -6,8 +6,8 @@ passes; in inference they are part of the convolution (`fold`). `CONV_BN_ACT` de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ from ..core.operator import transformed
 from ..core.snapshot import hooked
 from . import fold, links
 from .module import activation_code, batch_norm_act, norm_of, normalise
-from .op import BATCH_NORM_ACT, again
+from .op import BATCH_NORM_ACT, again, recomputing
 
 NAME = "conv_bn_act"
 
@@ -507,17 +507,21 @@ def run(
         fold.forget(unit.conv, unit.bn)
     known = _known(unit)
     act, slope = known or ("identity", 0.01)
-    if projection is not None and CONV_BN_ACT.folds(projection[0].conv, projection[0].bn, projection[1]):
-        residual, projection = fold.run(projection[0].conv, projection[0].bn, projection[1]), None
-    if projection is not None and (found := _infer(projection[0], projection[1])) is not None:
-        residual, projection = found, None
+    if projection is not None:
+        (conv, bn, *_), of = projection
+        found = CONV_BN_ACT.infer(conv, bn, of)
+        if found is None:
+            found = _infer(projection[0], of)
+        if found is not None:
+            residual, projection = found, None
     for observe in observers:
         observe(x, CONV_BN_ACT.explain(unit.conv, unit.bn, x, residual, act, slope))
-    if projection is None and (found := _infer(unit, x, residual)) is not None:
-        y = found
-    elif projection is None and CONV_BN_ACT.folds(unit.conv, unit.bn, x, residual, act, slope):
-        y = fold.run(unit.conv, unit.bn, x, residual, act, slope)
-    else:
+    y = None
+    if projection is None:
+        y = _infer(unit, x, residual)
+        if y is None:
+            y = CONV_BN_ACT.infer(unit.conv, unit.bn, x, residual, act, slope)
+    if y is None:
         y = _unfolded(unit, x, residual, projection, act, slope, via)
     return y if known else _activate(unit, y)
 
@@ -545,6 +549,10 @@ def _unfolded(
     slope: float,
     via: Via,
 ) -> Tensor:
+    if via is None and _small(unit, x) and (projection is None or _small(*projection)):
+        y = _by_torch(unit, x, residual, projection, act, slope)
+        if y is not None:
+            return y
     y, offset = _convolve(unit, x, via)
     bn, residual_bn, residual_offset = unit.bn, None, None
     if projection is not None:
@@ -565,6 +573,63 @@ def _unfolded(
     return _FUNCTIONS[act](y, slope)
 
 
+def small(x: Tensor, channels: int) -> bool:
+    """An image of x's pixels is so small that torch's own batch norm is the choice."""
+    if not x.is_cpu or forced() is not None:
+        return False
+    return x.numel() // max(x.shape[1], 1) * channels < BATCH_NORM_ACT.least[x.element_size() < 4]
+
+
+def _small(unit: Unit, x: Tensor) -> bool:
+    """The unit trains on a small image, and goes wrong no later than a unit of ours would."""
+    conv, bn = unit.conv, unit.bn
+    plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and conv.out_channels == bn.num_features
+    return plain and bn.training and x.dim() == 4 and small(x, bn.num_features)
+
+
+def _by_torch(
+    unit: Unit,
+    x: Tensor,
+    residual: Tensor | None,
+    projection: tuple[Unit, Tensor] | None,
+    act: str,
+    slope: float,
+) -> Tensor | None:
+    """The modules themselves, one after another; None for what is to raise before statistics change."""
+    y: Tensor = unit.conv(x)
+    values = y.numel() // unit.conv.out_channels
+    if values < 2 or (residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype)):
+        return None
+    z = None
+    if projection is not None:
+        z = projection[0].conv(projection[1])
+        if z.shape != y.shape or z.dtype != y.dtype:
+            return None
+    y = _once(unit.bn, y)
+    if z is not None:
+        residual = _once(projection[0].bn, z)  # type: ignore[index]
+    if residual is not None:
+        y += residual
+    return F.relu_(y) if act == "relu" else _FUNCTIONS[act](y, slope)
+
+
+def _once(bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
+    """bn(y) in training; a forward that checkpointing repeats does not count again."""
+    with kept_statistics([bn]) if recomputing() else nullcontext():
+        return bn(y)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def kept_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Batch norms have the buffers afterwards that they had before."""
+    before = [(buffer, buffer.clone()) for bn in norms for buffer in bn.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            buffer.data.copy_(values)  # which autograd has saved, and never reads
+
+
 def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
     """The convolution's result, and its bias if that was left out: the batch norm takes it away."""
     conv, bn = unit.conv, unit.bn
@@ -577,8 +642,9 @@ def _convolve(unit: Unit, x: Tensor, via: Via) -> tuple[Tensor, Tensor | None]:
     grad = torch.is_grad_enabled() and weight.requires_grad
     if grad and via is not None:
         weight = _contiguous_gradient(weight)
-    weight_first = grad and bias is None and _weight_first_serves(conv, x)
-    with _saving_less(x, via) if grad else nullcontext():
+    less = grad and ((via is not None and x is via[1]) or _saving_pays(conv))
+    weight_first = less and bias is None and _weight_first_serves(conv, x)
+    with _saving_less(x, via) if less else nullcontext():
         if weight_first:
             y: Tensor = _weight_first(x, weight, conv, x.grad_fn)
             return y, offset
@@ -608,6 +674,14 @@ def _saving_less(x: Tensor, via: Via) -> AbstractContextManager[Any]:
         lambda saved: made if saved.data_ptr() == pointer else saved,
         lambda kept: kept.compute() if isinstance(kept, _Again) else kept,
     )
+
+
+_PRODUCTS = 512
+"""Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
+
+
+def _saving_pays(conv: nn.Conv2d) -> bool:
+    return conv.weight.numel() >= _PRODUCTS * conv.in_channels * conv.stride[0] * conv.stride[1]
 
 
 def _weight_first_serves(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -767,7 +841,7 @@ class ConvBNActOp(Op):
         unit = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
         return *unit.requires_grad_(False).eval().to(x.device), x
 
-    def folds(
+    def infer(
         self,
         conv: nn.Module,
         bn: nn.Module,
@@ -775,16 +849,16 @@ class ConvBNActOp(Op):
         residual: Tensor | None = None,
         act: str = "identity",
         slope: float = 0.01,
-    ) -> bool:
-        """Whether the choice is `folded`: what `choose` would say, without asking the others."""
+    ) -> Tensor | None:
+        """The result, if the choice is `folded`: what `choose` would say, without asking the others."""
         name = forced()
-        if bn.training and name is None:
-            fold.forget(conv, bn)
-            return False
+        if name is None:
+            return None if bn.training else fold.serve(conv, bn, x, residual, act, slope)
+        if name != "folded":
+            return None
         arguments = (conv, bn, x, residual, act, slope)
-        if name is not None:
-            return self.choose(*arguments).name == "folded" if name == "folded" else False
-        return not fold.why_not(*arguments) and not fold.not_worth(*arguments)
+        self.choose(*arguments)
+        return fold.run(*arguments)
 
 
 def _run_unit(

@@ -25,6 +25,9 @@ from ..core.snapshot import Snapshot, Source, hooked
 _SHAPES = 4
 """Shapes of input for which reordered weights are kept."""
 
+_CALLS = 64
+"""Kinds of calls of which it is remembered that a pair serves them."""
+
 _QUICK_INPUT, _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
 """Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
 than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
@@ -37,7 +40,7 @@ class Folded:
     Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
-    __slots__ = ("bias", "eps", "reordered", "snapshot", "weight")
+    __slots__ = ("bias", "calls", "eps", "reordered", "snapshot", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
         sources = _sources(conv, bn)
@@ -51,6 +54,7 @@ class Folded:
             self.bias = (shift * scale if beta is None else shift * scale + beta).float()
             self.weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)  # type: ignore[union-attr,operator]
         self.reordered: dict[tuple[int, ...], Tensor] = {}
+        self.calls: set[tuple[Any, ...]] = set()
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
@@ -245,6 +249,40 @@ def not_worth(
 # --- the call -----------------------------------------------------------------------------------------------
 
 
+def serve(
+    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor | None:
+    """What `run` gives if nothing is against it, else None: asked of every call of a kind but once, while
+    nothing that the answer came from has changed."""
+    if bn.training or not x.is_cpu or torch.is_grad_enabled():
+        return _ask(conv, bn, x, residual, act, negative_slope)
+    assert isinstance(conv, nn.Conv2d)
+    autocast, onednn = torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled()
+    call: tuple[Any, ...] = (x.shape, x.dtype, act, autocast, onednn)
+    if residual is not None:
+        call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
+    of_conv = _FOLDED.get(conv)
+    found = None if of_conv is None else of_conv.get(bn)
+    if found is not None and call in found.calls:
+        unplain = _unplain("conv", conv, _CONVS) or _unplain("bn", bn, _NORMS)
+        if type(x) is Tensor and x.layout is torch.strided and not unplain and found.holds(conv, bn):
+            return _run(found, conv, x, residual, act, negative_slope)
+    y = _ask(conv, bn, x, residual, act, negative_slope)
+    if y is not None and type(x) is Tensor:
+        calls = folded(conv, bn).calls
+        if len(calls) >= _CALLS:
+            calls.clear()
+        calls.add(call)
+    return y
+
+
+def _ask(
+    conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor | None:
+    arguments = (conv, bn, x, residual, act, negative_slope)
+    return None if why_not(*arguments) or not_worth(*arguments) else run(*arguments)
+
+
 def run(
     conv: nn.Module,
     bn: nn.Module,
@@ -255,7 +293,12 @@ def run(
 ) -> Tensor:
     """act(bn(conv(x)) [+ residual]) where `why_not` knows no reason against it; laid out as torch does."""
     assert isinstance(conv, nn.Conv2d)
-    found = folded(conv, bn)
+    return _run(folded(conv, bn), conv, x, residual, act, negative_slope)
+
+
+def _run(
+    found: Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor:
     padding: Any = conv.padding
     if isinstance(padding, str) or conv.padding_mode != "zeros":
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode

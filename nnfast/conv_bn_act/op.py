@@ -812,7 +812,8 @@ def batch_norm_act(
     if norm.batch and recomputing():
         norm = _with_copies(norm)
         residual_norm = None if residual_norm is None else _with_copies(residual_norm)
-    small = x.numel() < BATCH_NORM_ACT.least and not is_compiling() and forced_outside_compile() is None
+    least = BATCH_NORM_ACT.least[x.element_size() < 4]
+    small = x.numel() < least and not is_compiling() and forced_outside_compile() is None
     if small and not _aten_why_not(x, norm, residual, residual_norm):  # at once what `choose` would find
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ class Snapshot:
         self.sources = tuple(sources)
         self.states = [_state(t) for t in self.sources]
         with torch.inference_mode(False), torch.no_grad():
-            self.probes = [_probe(t) for t in self.sources]
+            self.probes = [p for p in map(_probe, self.sources) if p is not None]
 
     def holds(self, sources: Sequence[Source]) -> bool:
         """They are the same tensors, and unchanged."""
         for now, then, state in zip(sources, self.sources, self.states, strict=True):
             if now is not then or (now is not None and _state(now) != state):
                 return False
-        return all(probe is None or torch.equal(*probe) for probe in self.probes)
+        return all(read() == then for read, then in self.probes)
 
 
 def _state(source: Source) -> tuple[int, int] | None:
@@ -34,15 +34,24 @@ def _state(source: Source) -> tuple[int, int] | None:
     return None if source is None else (source._version, source.data_ptr())
 
 
-def _probe(source: Source) -> tuple[Tensor, Tensor] | None:
-    """A few elements and what they are now: not all writes move the version counter, as those to `.data`."""
+def _probe(source: Source) -> tuple[Callable[[], object], object] | None:
+    """What reads a few elements, and what it reads now: not all writes move the version counter, as those to
+    `.data`."""
     if source is None or not (source.is_cpu and source.is_floating_point() and source.numel()):
         return None
     flat = (
         source.data.flatten() if source.is_contiguous() else source.data.as_strided((source.numel(),), (1,))
     )
     view = flat[:: max(flat.numel() // 32, 1)]
-    return view, view.clone()
+    bits = view.view(_BITS[view.element_size()])  # a NaN equals itself
+    try:
+        read: Callable[[], object] = bits.numpy().tobytes  # a fifth of the time
+    except RuntimeError:  # torch without NumPy
+        read = bits.tolist
+    return read, read()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def hooked(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ class Threshold:
 # (op, backend) -> Threshold. A pair that is not listed has not been measured and serves only when forced:
 # as yet everything on GPUs.
 THRESHOLDS: dict[tuple[str, str], Threshold] = {
-    ("silu", "cpu"): Threshold(no_grad=1 << 17, grad=1 << 18),
+    ("silu", "cpu"): Threshold(no_grad=1 << 17, grad=1 << 19),
     ("mish", "cpu"): Threshold(no_grad=1 << 11, grad=1 << 12),
     # logits, at 2 to 32000 classes; no fewer were measured
     ("softmax_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
@@ -48,13 +48,13 @@ class NormThreshold:
 # (backend, statistics of the batch or autograd, channels innermost) -> NormThreshold. What is not listed has
 # not been measured, as above.
 NORM_THRESHOLDS: dict[tuple[str, bool, bool], NormThreshold] = {
-    ("cpu", True, True): NormThreshold(wide=1 << 18, half=1 << 18, stretch=1536),
+    ("cpu", True, True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
     ("cpu", True, False): NormThreshold(wide=1 << 19, half=1 << 21, stretch=14 * 14),
     ("cpu", False, True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
     ("cpu", False, False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
 }
-SMALLEST_NORM = min(min(t.wide, t.half) for t in NORM_THRESHOLDS.values())
-"""Fewest elements for which any backend but torch's own is worth choosing."""
+SMALLEST_NORM = min(t.wide for t in NORM_THRESHOLDS.values()), min(t.half for t in NORM_THRESHOLDS.values())
+"""Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
 
 
 def threshold(op: str, backend: str, grad: bool) -> int:
@@ -63,9 +63,10 @@ def threshold(op: str, backend: str, grad: bool) -> int:
     return NEVER if found is None else found.grad if grad else found.no_grad
 
 
-def smallest(op: str) -> int:
-    """Fewest elements for which any backend but torch's own is worth choosing."""
-    return min((min(t.no_grad, t.grad) for (name, _), t in THRESHOLDS.items() if name == op), default=NEVER)
+def smallest(op: str, grad: bool = False) -> int:
+    """Fewest elements for which any backend but torch's own is worth choosing, at all or with a gradient."""
+    found = [t for (name, _), t in THRESHOLDS.items() if name == op]
+    return min((t.grad if grad else min(t.no_grad, t.grad) for t in found), default=NEVER)
 
 
 @dataclass(frozen=True)

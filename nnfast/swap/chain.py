@@ -19,6 +19,7 @@ from ..activation import module as activation
 from ..conv_bn_act import blocks
 from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
+from ..conv_bn_act.op import recomputing
 from ..core.op import Explanation
 from ..core.operator import transformed
 
@@ -151,13 +152,17 @@ def flatten(modules: Iterable[Any], parts: Callable[[nn.Module], list[Any] | Non
     """The list with the parts of every container in its place, and without what does nothing."""
     items: list[Any] = []
     for module in modules:
-        if not isinstance(module, nn.Module) or not plain(module):
+        if type(module) in _LEAVES or not isinstance(module, nn.Module) or not plain(module):
             items.append(module)
         elif (inner := parts(module)) is not None:
             items += flatten(inner, parts)
         elif not _does_nothing(module):
             items.append(module)
     return items
+
+
+_LEAVES = {nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU, *ACTIVATIONS}
+"""Of what is most often there, what has no parts and does something."""
 
 
 def _does_nothing(module: nn.Module) -> bool:
@@ -195,12 +200,32 @@ def eager(x: object) -> bool:
     return (
         type(x) is Tensor
         and x.dim() == 4
-        and x.device.type in ("cpu", "cuda")
+        and (x.is_cpu or x.is_cuda)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not transformed()
         and not torch_module._has_any_global_hook()
     )
+
+
+def widest(module: nn.Module) -> int:
+    """Channels of the widest batch norm below."""
+    return max(
+        (each.num_features for each in module.modules() if isinstance(each, nn.BatchNorm2d)), default=0
+    )
+
+
+def small(module: nn.Module, x: Tensor) -> bool:
+    """The module trains on so small an image that none of its chains is faster than its own forward."""
+    return module.training and not blocks.observers and blocks.small(x, module.__dict__["_nnfast_widest"])
+
+
+def as_written(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:
+    """The module's own forward; one that checkpointing repeats does not count again."""
+    if not recomputing():
+        return forward(module, x)
+    with blocks.kept_statistics(m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        return forward(module, x)
 
 
 def run(items: list[Any], x: Any) -> Any:

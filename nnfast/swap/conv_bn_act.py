@@ -25,6 +25,7 @@ from .chain import (
     match,
     plain,
     subclass,
+    widest,
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
 from .read import Program, UnreadableError, read
@@ -95,7 +96,8 @@ def _proposals(
     obstacles = _obstacles(module)
     proposals = []
     if found and not obstacles:
-        changes = {**changes, "__class__": subclass(changes["__class__"], type(module))}
+        made = subclass(changes["__class__"], type(module))
+        changes = {**changes, "__class__": made, "_nnfast_widest": widest(module)}
         proposals.append(Proposal(old, f"fused {_listed(found)}", changes))
     elif found:
         kept = [*obstacles, *kept]

@@ -16,11 +16,13 @@ from .chain import (
     Act,
     Add,
     Swapped,
+    as_written,
     eager,
     flatten,
     norm_of,
     plain,
     run,
+    small,
 )
 from .read import Program, Ref, Step, answer, function
 
@@ -184,6 +186,8 @@ class FusedForward(Swapped):
         @wraps(forward)
         def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
             if len(args) == 1 and not kwargs and eager(args[0]):
+                if small(self, args[0]):
+                    return as_written(self, forward, args[0])
                 plan: Plan = self.__dict__["_nnfast_plan"]
                 if plan.holds(self):
                     return execute(plan, self, args[0])
@@ -206,6 +210,8 @@ class FusedSequential(Swapped):
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
+        if eager(input) and small(self, input):  # type: ignore[arg-type]
+            return as_written(self, nn.Sequential.forward, input)  # type: ignore[arg-type]
         if not eager(input):
             return super().forward(input)  # type: ignore[misc]
         return run(self.items(), input)
