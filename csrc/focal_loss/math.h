@@ -42,7 +42,7 @@ struct TargetClass {
     sum = others + mine;
     inverse = 1 / sum;
     p = mine * inverse;
-    q = others * inverse;
+    q = others / sum;  // its error is the loss's, gamma times
     // -log p_t = log(1 + others / mine) keeps its digits where it is small; `mine` may be 0 elsewhere.
     cross_entropy = Precise::log_of_sum(mine, others) - (mine > others ? T{} : distance);
   }
