@@ -201,9 +201,8 @@ def test_opcheck(case: Case, run):
     with run.forced():  # defines the emulated operators
         namespace = torch.ops.nnfast_emulated if run.emulated else torch.ops.nnfast
     for name in case.operators:
-        overloads = getattr(namespace, name)
-        own = run.backend in overloads.overloads()
-        operator = getattr(overloads, run.backend if own else "default")
+        packet = getattr(namespace, name)
+        operator = getattr(packet, run.backend if run.backend in packet.overloads() else "default")
         for layout in ("contiguous", "transposed", "step"):
             x = LAYOUTS[layout](torch.randn(2, 3, 4, 6, device=run.device))
             torch.library.opcheck(operator, case.operators[name](x))

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/elementwise_cpu.h"
+#include "common/lanes.h"
 #include "focal_loss/ops.h"
 
 namespace nnfast::cpu {
@@ -28,42 +29,6 @@ struct BadTarget {
           " at index ", bad, "; x has ", rows.classes, " classes (ignore_index=", rows.ignore_index, ")");
   }
 };
-
-template <class V, class Element>
-NNFAST_INLINE V load(const Element* from) {
-  V value;
-  std::memcpy(&value, from, sizeof(V));
-  return value;
-}
-
-template <class V, class Element>
-NNFAST_INLINE void store(Element* to, V value) {
-  std::memcpy(to, &value, sizeof(V));
-}
-
-// `fold` over the lanes of a vector.
-template <class V, class Fold>
-NNFAST_INLINE auto across(V value, const Fold& fold) {
-  using Element = typename Lanes<V>::Element;
-  if constexpr (sizeof(V) > 16) {
-    typename VectorOf<Element, sizeof(V) / 2>::type halves[2];
-    std::memcpy(halves, &value, sizeof(V));
-    return across(fold(halves[0], halves[1]), fold);
-  } else {
-    Element result = value[0];
-    for (size_t lane = 1; lane < sizeof(V) / sizeof(Element); ++lane) result = fold(result, value[lane]);
-    return result;
-  }
-}
-
-// 0, 1, 2, ... as a vector.
-template <class Bits>
-NNFAST_INLINE Bits iota() {
-  Bits result = {};
-  for (size_t lane = 0; lane < sizeof(Bits) / sizeof(typename Lanes<Bits>::Element); ++lane)
-    result[lane] = lane;
-  return result;
-}
 
 // The targets of a vector of rows, all ones where they are to be ignored.
 template <int bytes, class T>

@@ -21,8 +21,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention: constructor, parameters, state_dict and results are its own.
 
     Calls with need_weights=False are served by nnfast's attention: memory is linear in the lengths, and no
-    mask is made of heads x Lq x Lk. What asks for the weights, nested tensors, small inputs and dropout on
-    the CPU, and what torch refuses, is torch's: `nnfast.explain(module, query, key, value, ...)` says why.
+    mask is made of heads x Lq x Lk. What asks for the weights, nested tensors, small inputs on the CPU and,
+    there, dropout where our kernels do not serve, and what torch refuses, is torch's:
+    `nnfast.explain(module, query, key, value, ...)` says why.
     Two things differ: a query that sees no key gives out_proj's bias everywhere, where torch may give NaN;
     and dropout drops other elements.
 
@@ -174,10 +175,12 @@ def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tens
     grad = torch.is_grad_enabled() and (query.requires_grad or any(w.requires_grad for w in m.parameters()))
     if not grad and query.numel() < tuning.MULTIHEAD_ELEMENTS:
         return [f"{query.numel()} elements; measured to pay from {tuning.MULTIHEAD_ELEMENTS} on"]
-    if m.training and m.dropout:
-        n, queries, keys = _sizes(m, query, key)
-        if n * m.num_heads * queries * keys <= tuning.MULTIHEAD_DROPOUT_WEIGHTS:
-            return ["dropout on the CPU, which torch draws faster for weights that fit in memory"]
+    n, queries, keys = _sizes(m, query, key)
+    if op.is_for_cpu(query, queries):
+        return []
+    weights = n * m.num_heads * queries * keys
+    if m.training and m.dropout and weights <= tuning.MULTIHEAD_DROPOUT_WEIGHTS:
+        return ["dropout on the CPU, which torch draws faster for weights that fit in memory"]
     if (
         query is key is value
         and m.batch_first

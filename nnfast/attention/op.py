@@ -1,6 +1,7 @@
 """Attention as an operation: schemas, fakes, autograd, and who can serve.
 
-Two opaque operators, and the same again as overload `triton`; arguments as in reference.py, mask expanded:
+Two opaque operators, and the same again as overloads `triton` and `cpu`; arguments as in reference.py, mask
+expanded:
 
     nnfast::attention(q, k, v, mask, key_padding, bias, alibi_slopes, seed, *options) -> (out, lse)
     nnfast::attention_backward(grad_out, grad_lse, q, k, v, mask, key_padding, bias, alibi_slopes, seed,
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..core import tuning
+from ..core import extension, tuning
 from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     DTYPES,
     LIBRARY,
+    compute_dtype,
     define,
     implement,
     place_why_not,
@@ -113,6 +115,7 @@ _attention = super(torch.autograd.Function, _Attention).apply
 
 CHUNKED = Kernels(LIBRARY)
 TRITON = Kernels(LIBRARY, "triton")
+CPU = Kernels(LIBRARY, "cpu")
 
 
 def _in_triton(function: str) -> Callable[..., Any]:
@@ -144,7 +147,35 @@ def _run_reference(q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> tu
 
 
 def _triton_why_not(q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> list[str]:
-    reasons = place_why_not("attention", "triton", "q", q)
+    return place_why_not("attention", "triton", "q", q) + _why_not(q, k, v, terms)
+
+
+def _cpu_why_not(q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> list[str]:
+    reasons = place_why_not("attention.cpu", "cpu", "q", q) + _why_not(q, k, v, terms)
+    for name, x in (("bias", terms.bias), ("alibi_slopes", terms.alibi_slopes)):
+        if x is not None and x.dtype not in (q.dtype, compute_dtype(q)):
+            reasons.append(f"{name} has dtype {x.dtype}; our CPU kernels need q's, {q.dtype}")
+    if terms.softcap:
+        reasons.append("softcap is not for our CPU kernels")
+    return reasons
+
+
+_CPU_DTYPES = (torch.float32, torch.float64)
+
+
+def _run_cpu(q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Half types by way of float32."""
+    if q.dtype in _CPU_DTYPES:
+        return CPU(q, k, v, terms, return_lse)
+    terms = terms if terms.bias is None else terms._replace(bias=reference.wide(terms.bias))
+    a, b, c = (reference.wide(x) for x in (q, k, v))
+    out, lse = CPU(a, b, c, terms, return_lse)
+    return out.to(q.dtype), lse
+
+
+def _why_not(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> list[str]:
+    """What none of our kernels takes."""
+    reasons = []
     for name, x in (("q", q), ("k", k), ("v", v), ("bias", terms.bias), ("alibi_slopes", terms.alibi_slopes)):
         if x is not None:
             reasons += plain_why_not(name, x)
@@ -159,6 +190,18 @@ def _triton_not_worth(q: Tensor, *_: Any) -> list[str]:
     return size_not_worth("attention", "triton", q)
 
 
+def _cpu_not_worth(q: Tensor, k: Tensor, _: Tensor, terms: Terms, *__: Any) -> list[str]:
+    n, h, queries, _head = q.shape
+    if q.dtype not in _CPU_DTYPES:
+        return [f"q has dtype {q.dtype}, which our CPU kernels convert and torch's own multiply directly"]
+    if queries < tuning.ATTENTION_QUERIES:
+        return [f"{queries} queries; measured to pay from {tuning.ATTENTION_QUERIES} on"]
+    scores = n * h * queries * k.shape[2]
+    if scores < tuning.ATTENTION_SCORES and terms.is_plain:
+        return [f"{scores} scores; without masks measured to pay from {tuning.ATTENTION_SCORES} on"]
+    return []
+
+
 class Attention(Op):
     """Attention; called with arguments as `arguments` makes them."""
 
@@ -167,20 +210,24 @@ class Attention(Op):
             "attention",
             [
                 Backend("triton", TRITON, _triton_why_not, _triton_not_worth),
+                Backend("cpu", _run_cpu, _cpu_why_not, _cpu_not_worth),
                 Backend("aten", _run_aten),
                 Backend("reference", _run_reference),
             ],
         )
         self.arguments = arguments
         self.least = tuning.smallest("attention")
+        """Fewest elements for which any but torch's own serves on a GPU."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the chosen backend; under torch.compile torch's own, so that Inductor sees it."""
         if is_compiling():
             if forced() is None:
                 return _run_aten(*args, **kwargs)
-        elif args[0].numel() < self.least and forced_outside_compile() is None:
-            return _run_aten(*args, **kwargs)
+        elif forced_outside_compile() is None:
+            q = args[0]
+            if q.shape[2] < tuning.ATTENTION_QUERIES if q.is_cpu else q.numel() < self.least:
+                return _run_aten(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def example(self, device: str) -> tuple[Any, ...]:
@@ -267,6 +314,17 @@ def _check_tensor(name: str, x: object, q: Tensor) -> None:
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Types, shapes, dtypes and devices of queries, keys and values."""
+    if (
+        type(q) is type(k) is type(v) is Tensor
+        and q.dim() == 4
+        and q.shape == k.shape == v.shape
+        and 0 < q.shape[3] <= LARGEST_HEAD
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in DTYPES
+        and q.device == k.device == v.device
+        and q.shape[1]
+    ):
+        return  # most calls, at a third of the cost
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, q)
         if x.dim() != 4:
@@ -344,7 +402,7 @@ def attention(
 ) -> Any:
     """Check the arguments and let the chosen backend run.
 
-    Small calls without masks take torch's own at once; `ATTENTION.explain` gives the same answer with its
+    On the CPU calls without masks are decided at once; `ATTENTION.explain` gives the same answer with its
     reasons.
     """
     if (
@@ -357,6 +415,10 @@ def attention(
         and (type(q) is Tensor or is_compiling())
         and _is_plain(q, k, v)
     ):
+        if _is_plain_for_cpu(q, k, v):
+            scale = q.shape[3] ** -0.5 if scale is None else scale
+            terms = Terms(is_causal=bool(is_causal), scale=float(scale))
+            return CPU(q, k, v, terms, False)[0]
         return sdpa.plain(q, k, v, None, is_causal, scale)
     if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _cast(q, k, v)
@@ -383,7 +445,7 @@ def attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's own serves on the CPU, at the cost of a microsecond: of one shape, nothing forced."""
+    """Whether a CPU's own kernels serve, at the cost of a microsecond: of one shape, nothing forced."""
     shape = q.shape
     return (
         shape == k.shape == v.shape
@@ -392,9 +454,39 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.is_cpu
         and 0 < shape[3] <= LARGEST_HEAD
         and (forced() if is_compiling() else forced_outside_compile()) is None
-        and 0 < q.numel() < ATTENTION.least
+        and q.numel() > 0
         and not transformed()
     )
+
+
+def is_for_cpu(q: Tensor, queries: int) -> bool:
+    """Whether so many queries are for our CPU kernels, if they are not few scores without masks."""
+    return (
+        q.is_cpu
+        and not is_compiling()
+        and queries >= tuning.ATTENTION_QUERIES
+        and _IN_CPU
+        and q.dtype in _CPU_DTYPES
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _is_plain_for_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a plain call is for our CPU kernels."""
+    n, h, queries, _ = q.shape
+    return (
+        n * h * queries * queries >= tuning.ATTENTION_SCORES
+        and is_for_cpu(q, queries)
+        and q.dtype == k.dtype == v.dtype
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and k.is_cpu
+        and v.is_cpu
+        and q.layout is k.layout is v.layout is torch.strided
+    )
+
+
+_IN_CPU = not extension.why_not("attention.cpu", "CPU")
 
 
 def _cast(q: Tensor, *others: Tensor) -> list[Tensor]:

@@ -48,6 +48,16 @@ class Terms(NamedTuple):
     """The same behind it."""
     dropout_p: float = 0.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but scale and causality."""
+        return (
+            self.mask is self.key_padding is self.bias is self.alibi_slopes is None
+            and not (self.softcap or self.dropout_p)
+            and self.left < 0
+            and self.right < 0
+        )
+
     def __repr__(self) -> str:
         default = Terms()._asdict()
         given = {

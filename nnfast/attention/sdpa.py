@@ -49,7 +49,8 @@ def run(
     head, values = q.shape[3], v.shape[3]
     if head != values and (q.is_cpu or is_compiling()):  # torch's would hold all scores
         q, k, v = (F.pad(x, (0, max(head, values) - x.shape[3])) for x in (q, k, v))
-    added = _added(q, k, terms)
+    seen = None if return_lse or terms.is_causal else _seen(terms)
+    added = _added(q, k, terms) if seen is None else seen
     lse = None
     both = terms.is_causal and added is not None
     if q.is_cpu and (return_lse or both):
@@ -168,6 +169,13 @@ def _avoids_cudnn(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     lengths = (q.shape[2], k.shape[2])
     wrong = lengths[0] == 1 or (mask is not None and any(length % 128 == 64 for length in lengths))
     return wrong or torch.are_deterministic_algorithms_enabled()
+
+
+def _seen(terms: Terms) -> Tensor | None:
+    """The boolean mask that is all there is to add to the scores, or None."""
+    if terms.bias is not None or (terms.mask is None) == (terms.key_padding is None):
+        return None
+    return ~terms.key_padding[:, None, None] if terms.mask is None else terms.mask  # type: ignore[index]
 
 
 def _added(q: Tensor, k: Tensor, terms: Terms) -> Tensor | None:

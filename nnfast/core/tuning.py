@@ -257,14 +257,22 @@ run inside in channels_last: with smaller ones weights are large, and to reorder
 WINOGRAD_PIXELS = 14 * 14
 """The same where all convolutions are Winograd's, which take no other order."""
 
-MULTIHEAD_ELEMENTS = 1 << 17
+ATTENTION_QUERIES = 32
+"""Fewest queries for which our attention on the CPU, which takes 32 at once, is faster than torch's."""
+
+ATTENTION_SCORES = 1 << 14
+"""Fewest scores, of all heads, for which it is without masks."""
+
+MULTIHEAD_ELEMENTS = 1 << 18
 """Fewest elements of queries for which multi-head attention without autograd pays on the CPU."""
 
 MULTIHEAD_FASTPATH_LENGTH = 192
-"""Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU."""
+"""Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU, where our
+kernels do not serve."""
 
 MULTIHEAD_DROPOUT_WEIGHTS = 1 << 28
-"""Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU."""
+"""Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU,
+where our kernels do not serve."""
 
 
 @dataclass(frozen=True)

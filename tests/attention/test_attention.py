@@ -381,7 +381,7 @@ def test_dropout_rate_and_scale(p, backend, small_blocks):
 
 def test_every_backend_drops_the_same(small_blocks):
     results = {}
-    for name in ("triton", "aten", "reference"):
+    for name in ("triton", "cpu", "aten", "reference"):
         try:
             with nnfast.backend(name):
                 results[name] = dropped(1 << 40, 0.4, Shape(1, 2, 1, 35, 37, 4, 4), window=(30, None)) > 0

@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import nnfast
-from nnfast.core import tuning
+from nnfast.core import extension, tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
 EMBED, HEADS, N, QUERIES, KEYS = 8, 2, 3, 5, 7
@@ -268,6 +268,9 @@ def test_small_inputs_are_torchs(monkeypatch):
         assert "80 elements" in found.reasons["triton"][0]
         large = nnfast.MultiheadAttention(512, 8, batch_first=True).eval()
         x = torch.randn(8, 128, 512)
+        ours_serve = not extension.why_not("attention.cpu", "CPU")
+        assert (nnfast.explain(large, x, x, x, need_weights=False).backend == "cpu") == ours_serve
+        large, x = large.bfloat16(), x.bfloat16()
         reasons = nnfast.explain(large, x, x, x, need_weights=False).reasons
         assert "fused inference path" in reasons["triton"][0]
         with nnfast.backend("reference"):

@@ -1,0 +1,525 @@
+// Attention on the CPU without a matrix of scores: an online softmax over blocks of keys (Milakov and
+// Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), float32 and float64. Backward makes
+// the probabilities again from the log-sum-exp. Whatever is summed has one owner: results repeat bit by bit.
+#include <optional>
+#include <tuple>
+
+#include "attention/scores.h"
+#include "common/tensor.h"
+
+namespace nnfast::cpu {
+
+constexpr int64_t span = 4 * query_block;  // queries that share what is packed of the keys, at most
+
+// out: (N, Lq, H, Dv) without gaps. begin, end: spans of queries of a head
+template <class T>
+struct Forward {
+  Attention<T> p;
+  int64_t queries_each;
+  T *out, *lse;
+
+  NNFAST_INLINE int64_t spans() const { return (p.queries + queries_each - 1) / queries_each; }
+
+  template <int bytes>
+  NNFAST_INLINE void run(int64_t begin, int64_t end) const {
+    const int64_t width = whole_panels<T, bytes>(p.values);
+    const Scratch<T> q(span * p.head), k(key_block * p.head), v(key_block * width), out(span * width);
+    const Scratch<T> s(key_block * query_block), ends(3 * span);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / spans(), first = task % spans() * queries_each;
+      const Scores<T, bytes> scores(p, row / p.heads, row % p.heads);
+      one(scores, first, std::min(p.queries - first, queries_each), q, k, v, out, s, ends);
+    }
+  }
+
+ private:
+  template <int bytes>
+  NNFAST_INLINE void one(const Scores<T, bytes>& scores, int64_t first, int64_t queries, T* q, T* k, T* v,
+                         T* out, T* s, T* ends) const {
+    const int64_t n = scores.n, h = scores.h, of_keys = p.key_head(h);
+    const int64_t width = whole_panels<T, bytes>(p.values);
+    const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
+    T *most = ends, *sum = ends + span;
+    for (int64_t i = 0; i < queries; i += query_block)
+      pack_columns<bytes>(p.q.at(n, h) + (first + i) * p.q.l, p.q.l, p.q.d,
+                          std::min<int64_t>(queries - i, query_block), p.head, p.scale, q + i * p.head);
+    std::fill_n(most, span, -scores.infinity);
+    std::fill_n(sum, span, T{});
+    std::fill_n(out, queries * width, T{});
+    const Range all = scores.seen(first, first + queries);
+    for (int64_t j = all.begin; j < all.end; j += key_block) {
+      const int rows = int(std::min<int64_t>(all.end - j, key_block));
+      copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k);
+      pack_rows<bytes>(from_v + j * p.v.l, p.v.l, p.v.d, rows, p.values, T(1), v);
+      for (int64_t i = 0; i < queries; i += query_block) {
+        const int columns = int(std::min<int64_t>(queries - i, query_block));
+        const Range seen = scores.seen(first + i, first + i + columns);
+        const int64_t skipped = std::clamp<int64_t>(seen.begin - j, 0, rows);
+        const int left = int(std::min<int64_t>(seen.end - j, rows) - skipped);
+        if (left <= 0) continue;
+        scores.compute(first + i, columns, j + skipped, left, k + skipped * p.head, q + i * p.head, s);
+        weigh(scores, first + i, columns, j + skipped, left, s, most + i, sum + i, out + i * width, width);
+        // Torch has few queries' products as dot products, whose rounding grows less with their length.
+        const int together = columns < 8 ? 16 : left;
+        for (int r = 0; r < left; r += together)
+          within<bytes>(Gemm<T>{columns, p.values, std::min(together, left - r), s + r * query_block, 1,
+                                query_block, v + (skipped + r) * GemmShape<T, bytes>::panel, out + i * width,
+                                width, true, rows * GemmShape<T, bytes>::panel});
+      }
+    }
+    finish<bytes>(queries, most, sum);
+    T* to = this->out + ((n * p.queries + first) * p.heads + h) * p.values;
+    for (int64_t i = 0; i < queries; ++i, to += p.heads * p.values)
+      for (int64_t d = 0; d < p.values; ++d) to[d] = out[i * width + d] * sum[i];
+    std::copy_n(most, queries, lse + (n * p.heads + h) * p.queries + first);
+  }
+
+  // Maxima to log-sum-exps, and sums to what they divide by.
+  template <int bytes>
+  static NNFAST_INLINE void finish(int64_t queries, T* most, T* sum) {
+    using V = typename VectorOf<T, bytes>::type;
+    for (int64_t i = 0; i < queries; i += bytes / sizeof(T)) {
+      const V l = load<V>(sum + i);
+      store(most + i,
+            l == 0 ? V{} - std::numeric_limits<T>::infinity() : load<V>(most + i) + Precise::log(l));
+      store(sum + i, l == 0 ? V{} : 1 / l);
+    }
+  }
+
+  // Scores to e^(score - most), which `most` is raised for, and what it had been comes to in sum and out.
+  template <int bytes>
+  NNFAST_INLINE void weigh(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows, T* s,
+                           T* most, T* sum, T* out, int64_t width) const {
+    using V = typename VectorOf<T, bytes>::type;
+    constexpr int lanes = bytes / sizeof(T), group = 4;
+    constexpr int together = 8;  // keys, so that rounding grows with the number of groups of them
+    alignas(64) T shrunk[query_block], factors[4 * query_block];
+    for (int c = 0; c < columns; c += group * lanes) {
+      V old[group], raised[group];
+      for (int g = 0; g < group; ++g) raised[g] = old[g] = load<V>(most + c + g * lanes);
+      for (int r = 0; r < rows; ++r)
+        for (int g = 0; g < group; ++g)
+          raised[g] = max(load<V>(s + r * query_block + c + g * lanes), raised[g]);
+      for (int g = 0; g < group; ++g) {
+        store(most + c + g * lanes, raised[g]);
+        raised[g] = raised[g] == -scores.infinity ? V{} : raised[g];  // or blind queries would be NaN
+        const V shrinks = decayed(old[g] - raised[g]);
+        store(shrunk + c + g * lanes, shrinks);
+        old[g] = load<V>(sum + c + g * lanes) * shrinks;
+      }
+      V total[group] = {};
+      for (int first = 0; first < rows; first += together) {
+        V some[group] = {};
+        for (int r = first; r < std::min(first + together, rows); ++r)
+          for (int g = 0; g < group; ++g) {
+            T* at = s + r * query_block + c + g * lanes;
+            const V e = decayed(load<V>(at) - raised[g]);
+            store(at, e);
+            some[g] += e;
+          }
+        for (int g = 0; g < group; ++g) total[g] += some[g];
+      }
+      for (int g = 0; g < group; ++g) store(sum + c + g * lanes, old[g] + total[g]);
+    }
+    if (p.drops)
+      for (int r = 0; r < rows; ++r) {
+        if (r % 4 == 0) scores.dropout(i, columns, j + r, factors);
+        T *at = s + r * query_block, *factor = factors + r % 4 * query_block;
+        for (int c = 0; c < columns; c += lanes) store(at + c, load<V>(at + c) * load<V>(factor + c));
+      }
+    for (int c = 0; c < columns; ++c, out += width)
+      if (shrunk[c] != 1)
+        for (int64_t d = 0; d < width; d += lanes) store(out + d, load<V>(out + d) * shrunk[c]);
+  }
+};
+
+// What the gradients of one block of queries start from.
+template <class T>
+struct Upstream {
+  Operand<T> grad, out;
+  const T *lse, *grad_lse;  // (N, H, Lq) without gaps; grad_lse may be null
+};
+
+// Packed once for each block of queries.
+template <class T, int bytes>
+struct Block {
+  using V = typename VectorOf<T, bytes>::type;
+  static constexpr int lanes = bytes / sizeof(T);
+  T *q, *grad;            // transposed
+  T *q_rows, *grad_rows;  // as they are, where given
+  T *lse, *delta;         // (query_block,)
+  T *s, *ds;              // (key_block, query_block)
+
+  NNFAST_INLINE void start(const Attention<T>& p, const Upstream<T>& up, int64_t n, int64_t h, int64_t i,
+                           int columns) const {
+    const T *from_q = p.q.at(n, h) + i * p.q.l, *from = up.grad.at(n, h) + i * up.grad.l;
+    pack_columns<bytes>(from_q, p.q.l, p.q.d, columns, p.head, p.scale, q);
+    pack_columns<bytes>(from, up.grad.l, up.grad.d, columns, p.values, T(1), grad);
+    if (q_rows) pack_rows<bytes>(from_q, p.q.l, p.q.d, columns, p.head, p.scale, q_rows);
+    if (grad_rows) pack_rows<bytes>(from, up.grad.l, up.grad.d, columns, p.values, T(1), grad_rows);
+    const T* out = up.out.at(n, h) + i * up.out.l;
+    const int64_t row = (n * p.heads + h) * p.queries + i;
+    std::fill_n(lse, query_block, T{});
+    std::fill_n(delta, query_block, T{});
+    for (int c = 0; c < columns; ++c) {
+      const T* a = from + c * up.grad.l;
+      const T* b = out + c * up.out.l;
+      V sums = {};
+      int64_t d = 0;
+      if (up.grad.d == 1 && up.out.d == 1)
+        for (; d + lanes <= p.values; d += lanes) sums += load<V>(a + d) * load<V>(b + d);
+      T sum = across(sums, [](auto x, auto y) __attribute__((always_inline)) { return x + y; });
+      for (; d < p.values; ++d) sum += a[d * up.grad.d] * b[d * up.out.d];
+      const T of_row = up.lse[row + c];
+      lse[c] = of_row == -std::numeric_limits<T>::infinity() ? T{} : of_row;  // e^-inf is 0 then as well
+      delta[c] = up.grad_lse ? sum - up.grad_lse[row + c] : sum;
+    }
+  }
+
+  // ds: the gradient of the scores, and s: the probabilities, after dropout. k, v: (rows, D) without gaps.
+  NNFAST_INLINE void compute(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows,
+                             const T* k, const T* v) const {
+    const Attention<T>& p = scores.p;
+    scores.compute(i, columns, j, rows, k, q, s);
+    within<bytes>(Gemm<T>{rows, columns, p.values, v, p.values, 1, grad, ds, query_block, false});
+    alignas(64) T factors[4 * query_block];
+    for (int r = 0; r < rows; ++r) {
+      if (p.drops && r % 4 == 0) scores.dropout(i, columns, j + r, factors);
+      const T* factor = factors + r % 4 * query_block;
+      T *of_s = s + r * query_block, *of_ds = ds + r * query_block;
+      for (int c = 0; c < columns; c += lanes) {
+        V e = decayed(load<V>(of_s + c) - load<V>(lse + c)), d = load<V>(of_ds + c);
+        if (p.drops) d *= load<V>(factor + c);
+        store(of_ds + c, e * (d - load<V>(delta + c)));
+        if (p.drops) e *= load<V>(factor + c);
+        store(of_s + c, e);
+      }
+    }
+  }
+};
+
+// Gradients of queries, keys and values. begin, end: parts of a key head, each with some blocks of its
+// queries
+template <class T>
+struct Backward {
+  Attention<T> p;
+  Upstream<T> up;
+  int64_t parts;
+  T *dq, *dk, *dv;
+  Operand<T> of_dq, of_dk, of_dv;  // their strides
+  T* partial;  // (N * Hk, parts, Lk, width of dk + width of dv), if there are several parts
+
+  template <int bytes>
+  NNFAST_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int panel = GemmShape<T, bytes>::panel;
+    const int64_t k_width = whole_panels<T, bytes>(p.head), v_width = whole_panels<T, bytes>(p.values);
+    const Scratch<T> k(p.keys * p.head), v(p.keys * p.values), k_rows(p.keys * k_width);
+    const Scratch<T> sums(parts > 1 ? 0 : p.keys * (k_width + v_width)), of_q(query_block * k_width);
+    const Scratch<T> q(query_block * p.head), grad(query_block * p.values), q_rows(query_block * k_width),
+        grad_rows(query_block * v_width), ends(2 * query_block), s(2 * key_block * query_block);
+    const Block<T, bytes> block{
+        q, grad, q_rows, grad_rows, ends, ends + query_block, s, s + key_block * query_block};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / parts, n = row / p.key_heads, of_keys = row % p.key_heads;
+      const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
+      copy_rows(from_k, p.k.l, p.k.d, p.keys, p.head, static_cast<T*>(k));
+      copy_rows(from_v, p.v.l, p.v.d, p.keys, p.values, static_cast<T*>(v));
+      pack_rows<bytes>(from_k, p.k.l, p.k.d, p.keys, p.head, T(1), static_cast<T*>(k_rows));
+      T* dk_sum = parts > 1 ? partial + task * p.keys * (k_width + v_width) : static_cast<T*>(sums);
+      T* dv_sum = dk_sum + p.keys * k_width;
+      std::fill_n(dk_sum, p.keys * (k_width + v_width), T{});
+      const int64_t group = p.heads / p.key_heads;
+      for (int64_t h = of_keys * group; h < (of_keys + 1) * group; ++h) {
+        const Scores<T, bytes> scores(p, n, h);
+        for (int64_t i = task % parts * query_block; i < p.queries; i += parts * query_block) {
+          const int columns = int(std::min<int64_t>(p.queries - i, query_block));
+          block.start(p, up, n, h, i, columns);
+          std::fill_n(static_cast<T*>(of_q), columns * k_width, T{});
+          const Range seen = scores.seen(i, i + columns);
+          for (int64_t j = seen.begin; j < seen.end; j += key_block) {
+            const int rows = int(std::min<int64_t>(seen.end - j, key_block));
+            block.compute(scores, i, columns, j, rows, k + j * p.head, v + j * p.values);
+            within<bytes>(Gemm<T>{rows, p.values, columns, block.s, query_block, 1, grad_rows,
+                                  dv_sum + j * v_width, v_width, true});
+            within<bytes>(Gemm<T>{rows, p.head, columns, block.ds, query_block, 1, q_rows,
+                                  dk_sum + j * k_width, k_width, true});
+            within<bytes>(Gemm<T>{columns, p.head, rows, block.ds, 1, query_block, k_rows + j * panel, of_q,
+                                  k_width, true, p.keys * panel});
+          }
+          put(of_q, k_width, columns, p.head, p.scale, dq + n * of_dq.n + h * of_dq.h + i * of_dq.l, of_dq);
+        }
+      }
+      if (parts == 1) {
+        put(dk_sum, k_width, p.keys, p.head, T(1), dk + n * of_dk.n + of_keys * of_dk.h, of_dk);
+        put(dv_sum, v_width, p.keys, p.values, T(1), dv + n * of_dv.n + of_keys * of_dv.h, of_dv);
+      }
+    }
+  }
+
+  static NNFAST_INLINE void put(const T* from, int64_t width, int64_t rows, int64_t columns, T factor, T* to,
+                                const Operand<T>& strides) {
+    for (int64_t i = 0; i < rows; ++i)
+      if (strides.d == 1)
+        for (int64_t d = 0; d < columns; ++d) to[i * strides.l + d] = from[i * width + d] * factor;
+      else
+        for (int64_t d = 0; d < columns; ++d)
+          to[i * strides.l + d * strides.d] = from[i * width + d] * factor;
+  }
+};
+
+// Adds up the parts of a key head's gradients, in their order. begin, end: key heads
+template <class T>
+struct Parts {
+  Backward<T> of;
+
+  template <int bytes>
+  NNFAST_INLINE void run(int64_t begin, int64_t end) const {
+    const auto& p = of.p;
+    const int64_t k_width = whole_panels<T, bytes>(p.head), v_width = whole_panels<T, bytes>(p.values);
+    const int64_t size = p.keys * (k_width + v_width);
+    for (int64_t row = begin; row < end; ++row) {
+      T* sum = of.partial + row * of.parts * size;
+      for (int64_t part = 1; part < of.parts; ++part)
+        for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * size + i];
+      const int64_t n = row / p.key_heads, h = row % p.key_heads;
+      of.put(sum, k_width, p.keys, p.head, T(1), of.dk + n * of.of_dk.n + h * of.of_dk.h, of.of_dk);
+      of.put(sum + p.keys * k_width, v_width, p.keys, p.values, T(1), of.dv + n * of.of_dv.n + h * of.of_dv.h,
+             of.of_dv);
+    }
+  }
+};
+
+// The gradient of a bias that broadcasts to (N, H, Lq, Lk): the scores' once more, so that a block of it has
+// one owner, which adds up what shares it. begin, end: blocks
+template <class T>
+struct BiasBackward {
+  Attention<T> p;
+  Upstream<T> up;
+  int64_t sizes[4];
+  T* db;  // without gaps
+
+  NNFAST_INLINE int64_t rows() const {
+    return sizes[2] == 1 ? 1 : (p.queries + query_block - 1) / query_block;
+  }
+  NNFAST_INLINE int64_t columns() const { return sizes[3] == 1 ? 1 : (p.keys + key_block - 1) / key_block; }
+  NNFAST_INLINE int64_t blocks() const { return sizes[0] * sizes[1] * rows() * columns(); }
+
+  template <int bytes>
+  NNFAST_INLINE void run(int64_t begin, int64_t end) const {
+    const Scratch<T> q(query_block * p.head), grad(query_block * p.values), ends(2 * query_block),
+        s(2 * key_block * query_block), k(key_block * p.head), v(key_block * p.values),
+        total(key_block * query_block);
+    const Block<T, bytes> block{
+        q, grad, nullptr, nullptr, ends, ends + query_block, s, s + key_block * query_block};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task % columns(), row = task / columns() % rows();
+      const int64_t plane = task / columns() / rows();
+      std::fill_n(static_cast<T*>(total), key_block * query_block, T{});
+      const Range batch = owned(plane / sizes[1], sizes[0], p.batch);
+      const Range heads = owned(plane % sizes[1], sizes[1], p.heads);
+      const Range queries = owned(row, rows(), (p.queries + query_block - 1) / query_block);
+      const Range keys = owned(column, columns(), (p.keys + key_block - 1) / key_block);
+      for (int64_t n = batch.begin; n < batch.end; ++n)
+        for (int64_t h = heads.begin; h < heads.end; ++h)
+          for (int64_t i = queries.begin; i < queries.end; ++i)
+            sum(Scores<T, bytes>(p, n, h), block, i * query_block, keys, k, v, total);
+      put(total, plane, row * query_block, column * key_block);
+    }
+  }
+
+ private:
+  // Which of `n` there are `one` of `size` has a share in.
+  static NNFAST_INLINE Range owned(int64_t one, int64_t size, int64_t n) {
+    return size == 1 ? Range{0, n} : Range{one, one + 1};
+  }
+
+  template <int bytes>
+  NNFAST_INLINE void sum(const Scores<T, bytes>& scores, const Block<T, bytes>& block, int64_t i,
+                         const Range& keys, T* k, T* v, T* total) const {
+    const int64_t n = scores.n, of_keys = p.key_head(scores.h);
+    const int columns = int(std::min<int64_t>(p.queries - i, query_block));
+    const Range seen = scores.seen(i, i + columns);
+    block.start(p, up, n, scores.h, i, columns);
+    for (int64_t b = keys.begin; b < keys.end; ++b) {
+      const int64_t first = b * key_block, j = std::max(first, seen.begin);
+      const int rows = int(std::min(first + key_block, seen.end) - j);
+      if (rows <= 0) continue;
+      copy_rows(p.k.at(n, of_keys) + j * p.k.l, p.k.l, p.k.d, rows, p.head, k);
+      copy_rows(p.v.at(n, of_keys) + j * p.v.l, p.v.l, p.v.d, rows, p.values, v);
+      block.compute(scores, i, columns, j, rows, k, v);
+      T* to = total + (j - first) * query_block;
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < columns; ++c) to[r * query_block + c] += block.ds[r * query_block + c];
+    }
+  }
+
+  NNFAST_INLINE void put(T* total, int64_t plane, int64_t i, int64_t j) const {
+    if (sizes[2] == 1)
+      for (int r = 0; r < key_block; ++r)
+        for (int c = 1; c < query_block; ++c) total[r * query_block] += total[r * query_block + c];
+    if (sizes[3] == 1)
+      for (int r = 1; r < key_block; ++r)
+        for (int c = 0; c < query_block; ++c) total[c] += total[r * query_block + c];
+    for (int64_t c = 0; c < query_block && i + c < sizes[2]; ++c)
+      for (int64_t r = 0; r < key_block && j + r < sizes[3]; ++r)
+        db[(plane * sizes[2] + i + c) * sizes[3] + j + r] = total[r * query_block + c];
+  }
+};
+
+using Optional = std::optional<Tensor>;
+constexpr const char *forward_name = "attention.cpu", *backward_name = "attention_backward.cpu";
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+Operand<T> operand(const Tensor& x) {
+  return {data<T>(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+// The same where a dimension of size 1 is broadcast.
+template <class T>
+Operand<T> broadcast(const Optional& x) {
+  if (!x) return {};
+  Operand<T> result = operand<T>(*x);
+  int64_t* const strides[] = {&result.n, &result.h, &result.l, &result.d};
+  for (int i = 0; i < 4; ++i)
+    if (x->size(i) == 1) *strides[i] = 0;
+  return result;
+}
+
+void check_dtype(const char* op, const char* name, const Optional& x, ScalarType dtype) {
+  if (x && x->scalar_type() != dtype)
+    fail(op, ": ", name, " has dtype ", describe(x->scalar_type()), "; it needs ", describe(dtype));
+}
+
+template <class T>
+Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Optional& mask, const Optional& padding, const Optional& bias,
+                       const Optional& slopes, const Optional& seed, bool is_causal, double scale,
+                       double softcap, int64_t left, int64_t right, double dropout_p) {
+  check(softcap == 0, op, ": softcap is ", softcap, "; it needs to be 0");
+  for (const auto& [name, x] : {std::pair("k", &k), std::pair("v", &v)})
+    check_dtype(op, name, *x, q.scalar_type());
+  check_dtype(op, "bias", bias, q.scalar_type());
+  check_dtype(op, "alibi_slopes", slopes, q.scalar_type());
+  check_dtype(op, "mask", mask, ScalarType::Bool);
+  check_dtype(op, "key_padding", padding, ScalarType::Bool);
+  check_dtype(op, "seed", seed, ScalarType::Long);
+  Attention<T> p{
+      operand<T>(q), operand<T>(k), operand<T>(v), broadcast<T>(bias), broadcast<uint8_t>(mask), {}, {}};
+  if (padding) p.padding = {data<uint8_t>(*padding), padding->stride(0), 0, padding->stride(1), 0};
+  if (slopes) p.slopes = {data<T>(*slopes), slopes->stride(0), slopes->stride(1), 0, 0};
+  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.head = q.size(3);
+  p.key_heads = k.size(1), p.keys = k.size(2), p.values = v.size(3);
+  const int64_t unlimited = p.queries + p.keys;
+  p.left = left < 0 ? unlimited : std::min(left, unlimited);
+  p.right = is_causal ? 0 : right < 0 ? unlimited : std::min(right, unlimited);
+  p.scale = T(scale);
+  p.drops = dropout_p > 0 && seed;
+  p.seed = seed ? uint64_t(*data<int64_t>(*seed)) : 0;
+  p.least = uint32_t(dropout_p * 4294967296.0);
+  p.kept = T(1 / (1 - dropout_p));
+  return p;
+}
+
+template <class Body>
+auto of_type(const char* op, const Tensor& q, const Body& body) {
+  if (q.scalar_type() == ScalarType::Double) return body(double{});
+  if (q.scalar_type() != ScalarType::Float)
+    fail(op, ": q has dtype ", describe(q.scalar_type()), "; it takes Float or Double");
+  return body(float{});
+}
+
+Tensor strided(const Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
+  int32_t dtype, device_type;
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, x.get_device_index(), &y));
+  return Tensor(y);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
+                                   const Optional& padding, const Optional& bias, const Optional& slopes,
+                                   const Optional& seed, bool is_causal, double scale, double softcap,
+                                   int64_t left, int64_t right, double dropout_p) {
+  return of_type(forward_name, q, [&](auto element) {
+    using T = decltype(element);
+    const auto p = arguments<T>(forward_name, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale,
+                                softcap, left, right, dropout_p);
+    const int64_t row = p.heads * p.values;
+    Tensor out = strided(q, {p.batch, p.heads, p.queries, p.values}, {p.queries * row, p.values, row, 1});
+    Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries});
+    expect_writes(out.mutable_data_ptr(), out.numel() * sizeof(T));
+    const int64_t heads = p.batch * p.heads, blocks = (p.queries + query_block - 1) / query_block;
+    if (heads * blocks == 0) return std::make_tuple(out, lse);
+    int64_t each = span / query_block;  // fewer where threads would have none
+    while (each > 1 && heads * ((blocks + each - 1) / each) < 2 * int64_t(torch::stable::get_num_threads()))
+      --each;
+    const Forward<T> loop{p, each * query_block, static_cast<T*>(out.mutable_data_ptr()),
+                          static_cast<T*>(lse.mutable_data_ptr())};
+    parallel(heads * loop.spans(), 1, loop);
+    return std::make_tuple(out, lse);
+  });
+}
+
+Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Optional& mask, const Optional& padding, const Optional& bias, const Optional& slopes,
+    const Optional& seed, const Tensor& out, const Tensor& lse, bool is_causal, double scale, double softcap,
+    int64_t left, int64_t right, double dropout_p, bool bias_grad) {
+  return of_type(backward_name, q, [&](auto element) {
+    using T = decltype(element);
+    const auto p = arguments<T>(backward_name, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale,
+                                softcap, left, right, dropout_p);
+    for (const auto& [name, x] :
+         {std::pair("grad_out", &grad), std::pair("out", &out), std::pair("lse", &lse)})
+      check_dtype(backward_name, name, *x, q.scalar_type());
+    check_dtype(backward_name, "grad_lse", grad_lse, q.scalar_type());
+    const Tensor of_rows = without_gaps(lse);
+    const Optional of_lse = grad_lse ? Optional(without_gaps(*grad_lse)) : Optional();
+    const Upstream<T> up{operand<T>(grad), operand<T>(out), data<T>(of_rows),
+                         of_lse ? data<T>(*of_lse) : nullptr};
+    Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
+    for (const Tensor* x : {&dq, &dk, &dv}) expect_writes(x->mutable_data_ptr(), x->numel() * sizeof(T));
+    Tensor db = bias_grad ? torch::stable::new_empty(*bias, bias->sizes()) : torch::stable::new_empty(q, {0});
+    const int64_t heads = p.batch * p.key_heads, threads = torch::stable::get_num_threads();
+    const int64_t parts = std::max<int64_t>(
+        1, std::min((p.queries + query_block - 1) / query_block, heads ? threads / heads : 1));
+    Tensor partial =
+        torch::stable::new_empty(q, {parts > 1 ? heads * parts * p.keys * 2 * (p.head + p.values + 64) : 0});
+    const Backward<T> loop{p,
+                           up,
+                           parts,
+                           static_cast<T*>(dq.mutable_data_ptr()),
+                           static_cast<T*>(dk.mutable_data_ptr()),
+                           static_cast<T*>(dv.mutable_data_ptr()),
+                           operand<T>(dq),
+                           operand<T>(dk),
+                           operand<T>(dv),
+                           static_cast<T*>(partial.mutable_data_ptr())};
+    if (heads) parallel(heads * parts, 1, loop);
+    if (heads && parts > 1) parallel(heads, 1, Parts<T>{loop});
+    if (bias_grad) {
+      const BiasBackward<T> of_bias{p,
+                                    up,
+                                    {bias->size(0), bias->size(1), bias->size(2), bias->size(3)},
+                                    static_cast<T*>(db.mutable_data_ptr())};
+      if (bias->numel()) parallel(of_bias.blocks(), 1, of_bias);
+    }
+    return std::make_tuple(dq, dk, dv, db);
+  });
+}
+
+}  // namespace nnfast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
+  m.impl("attention.cpu", TORCH_BOX(&nnfast::cpu::forward));
+  m.impl("attention_backward.cpu", TORCH_BOX(&nnfast::cpu::backward));
+}

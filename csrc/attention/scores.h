@@ -1,0 +1,325 @@
+// A block of attention's scores on the CPU, a key to a row and a query to a column: the softmax then goes
+// along vectors, and products read keys, values and probabilities as they lie.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "common/gemm.h"
+#include "common/lanes.h"
+
+namespace nnfast::cpu {
+
+constexpr int query_block = 64, key_block = 128;
+
+// (N, H, L, D) at any strides.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t n, h, l, d;
+
+  NNFAST_INLINE const T* at(int64_t batch, int64_t head) const { return data + batch * n + head * h; }
+};
+
+// The arguments of attention. What is absent has no data.
+template <class T>
+struct Attention {
+  Operand<T> q, k, v, bias;
+  Operand<uint8_t> mask;
+  Operand<uint8_t> padding;  // strides n and l
+  Operand<T> slopes;         // strides n and h
+  int64_t batch, heads, key_heads, queries, keys, head, values;
+  int64_t left, right;  // no less than both lengths where there is no limit
+  T scale;
+  bool drops;
+  uint64_t seed;
+  uint32_t least;  // word of an element that is kept
+  T kept;          // its factor
+
+  NNFAST_INLINE int64_t key_head(int64_t h) const { return h / (heads / key_heads); }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// An array for one thread, aligned to a vector.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Columns of x: (rows, columns) that a matrix needs whose panels are whole.
+template <class T, int bytes>
+NNFAST_INLINE int64_t whole_panels(int64_t columns) {
+  constexpr int panel = GemmShape<T, bytes>::panel;
+  return (columns + panel - 1) / panel * panel;
+}
+
+// x: (rows, columns) as `Gemm` takes its b, times a factor.
+template <int bytes, class T>
+NNFAST_INLINE void pack_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T factor,
+                             T* to) {
+  using V = typename VectorOf<T, bytes>::type;
+  constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
+  for (int64_t j = 0; j < columns; j += panel, to += rows * panel)
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* from = x + i * row + j * column;
+      if (column == 1 && j + panel <= columns) {
+        store(to + i * panel, load<V>(from) * factor);
+        store(to + i * panel + lanes, load<V>(from + lanes) * factor);
+      } else {
+        for (int64_t l = 0; l < panel; ++l)
+          to[i * panel + l] = j + l < columns ? from[l * column] * factor : T{};
+      }
+    }
+}
+
+// The transpose of x: (rows, columns), likewise.
+template <int bytes, class T>
+NNFAST_INLINE void pack_columns(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
+                                T factor, T* to) {
+  using V = typename VectorOf<T, bytes>::type;
+  constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
+  for (int64_t i = 0; i < whole_panels<T, bytes>(rows); i += lanes) {
+    T* panel_of = to + i / panel * panel * columns + i % panel;
+    const int64_t there = std::max<int64_t>(std::min<int64_t>(rows - i, lanes), 0);
+    int64_t j = 0;
+    if (column == 1 && there == lanes)
+      for (; j + lanes <= columns; j += lanes) {
+        V square[lanes];
+        for (int l = 0; l < lanes; ++l) square[l] = load<V>(x + (i + l) * row + j) * factor;
+        transpose<lanes / 2>(square);
+        for (int l = 0; l < lanes; ++l) store(panel_of + (j + l) * panel, square[l]);
+      }
+    for (; j < columns; ++j)
+      for (int64_t l = 0; l < lanes; ++l)
+        panel_of[j * panel + l] = l < there ? x[(i + l) * row + j * column] * factor : T{};
+  }
+}
+
+// x: (rows, columns) without gaps.
+template <class T>
+NNFAST_INLINE void copy_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T* to) {
+  for (int64_t i = 0; i < rows; ++i, to += columns)
+    if (column == 1)
+      std::memcpy(to, x + i * row, columns * sizeof(T));
+    else
+      for (int64_t j = 0; j < columns; ++j) to[j] = x[i * row + j * column];
+}
+
+// The words of Philox4x32-10 (Salmon et al. 2011) for counters (group, first_row + lane, head, 0).
+template <int bytes>
+struct Philox {
+  using Words = typename VectorOf<uint32_t, bytes>::type;
+  using Wide = typename VectorOf<uint64_t, bytes>::type;
+
+  static NNFAST_INLINE void run(uint64_t seed, uint32_t group, uint32_t first_row, uint32_t head,
+                                Words (&word)[4]) {
+    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    Words a = Words{} + group, b = iota<Words>() + first_row, c = Words{} + head, d = {};
+    for (int round = 0; round < 10; ++round) {
+      const Pair first = times(a, 0xD2511F53u), second = times(c, 0xCD9E8D57u);
+      a = second.high ^ b ^ low;
+      b = second.low;
+      c = first.high ^ d ^ high;
+      d = first.low;
+      low += 0x9E3779B9u;
+      high += 0xBB67AE85u;
+    }
+    word[0] = a, word[1] = b, word[2] = c, word[3] = d;
+  }
+
+ private:
+  struct Pair {
+    Words high, low;
+  };
+
+  // The halves of 64-bit products.
+  static NNFAST_INLINE Pair times(Words x, uint32_t factor) {
+    const Wide all = __builtin_bit_cast(Wide, x);
+    const Wide even = product(all, factor), odd = product(all >> 32, factor);
+    const Wide upper = even & 0xffffffff00000000u, lower = odd & 0xffffffffu;
+    return {__builtin_bit_cast(Words, even >> 32 | (odd & 0xffffffff00000000u)),
+            __builtin_bit_cast(Words, (even ^ upper) | lower << 32)};
+  }
+
+  // Of the lower halves. By hand: compilers multiply all 64 bits, and its intrinsic would tie this template
+  // to one instruction set.
+  static NNFAST_INLINE Wide product(Wide x, uint32_t factor) {
+#if defined(__x86_64__)
+    if constexpr (bytes >= 32) {
+      Wide result;
+      asm("vpmuludq %2, %1, %0" : "=v"(result) : "v"(x), "v"(Wide{} + factor));
+      return result;
+    }
+#endif
+    return (x & 0xffffffffu) * factor;
+  }
+};
+
+// e^x for x <= 0, 0 where it is no normal number: making a denormal takes a hundred cycles.
+template <class V>
+NNFAST_INLINE V decayed(V x) {
+  using T = typename Lanes<V>::Element;
+  constexpr T lowest = sizeof(T) == 4 ? T(-87) : T(-708);
+  return x < lowest ? V{} : Precise::exp<true>(max(V{} + lowest, x));
+}
+
+// What the scores of one head are computed from.
+template <class T, int bytes>
+struct Scores {
+  using V = typename VectorOf<T, bytes>::type;
+  using Bits = typename Lanes<V>::Bits;
+  static constexpr int lanes = bytes / sizeof(T);
+  static constexpr T infinity = std::numeric_limits<T>::infinity();
+
+  const Attention<T>& p;
+  int64_t n, h;
+  Range unpadded;  // keys outside are padding
+
+  NNFAST_INLINE Scores(const Attention<T>& p, int64_t n, int64_t h) : p(p), n(n), h(h), unpadded{0, p.keys} {
+    if (!p.padding.data) return;
+    const uint8_t* padding = p.padding.at(n, 0);
+    while (unpadded.end > 0 && padding[(unpadded.end - 1) * p.padding.l]) --unpadded.end;
+    while (unpadded.begin < unpadded.end && padding[unpadded.begin * p.padding.l]) ++unpadded.begin;
+  }
+
+  // Keys that some of the queries may see, from a multiple of 4 on: dropout draws for 4 at once.
+  NNFAST_INLINE Range seen(int64_t first, int64_t last) const {
+    const int64_t begin = std::max(unpadded.begin, first - p.left) / 4 * 4;
+    return {begin, std::max(begin, std::min(unpadded.end, last + p.right))};
+  }
+
+  // s: (rows, query_block) of keys from j on and `columns` queries from i on; -inf where a key is unseen.
+  // k: (rows, head) without gaps; q: scaled and transposed, as `pack_columns` does it.
+  NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q,
+                             T* s) const {
+    within<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, query_block, false});
+    if (p.slopes.data) add_slopes(i, columns, j, rows, s);
+    if (of_pairs(p.bias)) add_bias(i, columns, j, rows, s);
+    if (of_pairs(p.mask)) add_mask(i, columns, j, rows, s);
+    if (of_keys(p.bias) || of_keys(p.mask) || p.padding.data) add_keys(columns, j, rows, s);
+    if (j + rows - 1 > i + p.right || j < i + columns - 1 - p.left) hide(i, columns, j, rows, s);
+  }
+
+  // What dropout does to the probabilities of 4 keys from j on: 0 or a factor, (4, query_block).
+  NNFAST_INLINE void dropout(int64_t i, int columns, int64_t j, T* factors) const {
+    using Random = Philox<bytes>;
+    constexpr int words = bytes / sizeof(uint32_t);
+    for (int c = 0; c < columns; c += words) {
+      typename Random::Words word[4];
+      Random::run(p.seed, uint32_t(j / 4), uint32_t(i + c), uint32_t(n * p.heads + h), word);
+      for (int w = 0; w < 4; ++w)
+        if constexpr (sizeof(T) == 4) {
+          store(factors + w * query_block + c, word[w] >= p.least ? V{} + p.kept : V{});
+        } else {
+          for (int l = 0; l < words; ++l)
+            factors[w * query_block + c + l] = word[w][l] >= p.least ? p.kept : 0;
+        }
+    }
+  }
+
+ private:
+  template <class X>
+  static NNFAST_INLINE bool of_pairs(const Operand<X>& x) {
+    return x.data && x.l;
+  }
+
+  template <class X>
+  static NNFAST_INLINE bool of_keys(const Operand<X>& x) {
+    return x.data && !x.l;
+  }
+
+  NNFAST_INLINE void add_slopes(int64_t i, int columns, int64_t j, int rows, T* s) const {
+    const V slope = V{} + p.slopes.at(n, h)[0];
+    V lane = {};
+    for (int l = 0; l < lanes; ++l) lane[l] = T(l);
+    for (int r = 0; r < rows; ++r, s += query_block)
+      for (int c = 0; c < columns; c += lanes) {
+        const V behind = lane + T(i + c + p.keys - p.queries - (j + r));
+        store(s + c, load<V>(s + c) - slope * (behind < 0 ? -behind : behind));
+      }
+  }
+
+  NNFAST_INLINE void add_bias(int64_t i, int columns, int64_t j, int rows, T* s) const {
+    const T* bias = p.bias.at(n, h) + i * p.bias.l + j * p.bias.d;
+    for (int c = 0; c < columns; c += lanes) {
+      int r = 0;
+      if (p.bias.d == 1 && c + lanes <= columns)
+        for (; r + lanes <= rows; r += lanes) {
+          V square[lanes];
+          for (int l = 0; l < lanes; ++l) square[l] = load<V>(bias + (c + l) * p.bias.l + r);
+          transpose<lanes / 2>(square);
+          for (int l = 0; l < lanes; ++l) {
+            T* at = s + (r + l) * query_block + c;
+            store(at, load<V>(at) + square[l]);
+          }
+        }
+      for (; r < rows; ++r)
+        for (int l = c; l < std::min(c + lanes, columns); ++l)
+          s[r * query_block + l] += bias[l * p.bias.l + r * p.bias.d];
+    }
+  }
+
+  // Side by side, 4 keys' bytes of a query are a word.
+  NNFAST_INLINE void add_mask(int64_t i, int columns, int64_t j, int rows, T* s) const {
+    const uint8_t* mask = p.mask.at(n, h) + i * p.mask.l + j * p.mask.d;
+    alignas(64) typename Lanes<V>::Element as_words[query_block];
+    int r = 0;
+    if (p.mask.d == 1)
+      for (; r + 4 <= rows; r += 4) {
+        for (int c = 0; c < columns; ++c) {
+          uint32_t word;
+          std::memcpy(&word, mask + c * p.mask.l + r, sizeof(word));
+          const typename Lanes<T>::Bits bits = word;
+          std::memcpy(as_words + c, &bits, sizeof(bits));
+        }
+        for (int c = 0; c < columns; c += lanes) {
+          const Bits word = load<Bits>(as_words + c);
+          for (int l = 0; l < 4; ++l) {
+            T* at = s + (r + l) * query_block + c;
+            const V score = load<V>(at);
+            store(at, (word >> 8 * l & 255) == 0 ? V{} - infinity : score);
+          }
+        }
+      }
+    for (; r < rows; ++r)
+      for (int c = 0; c < columns; ++c)
+        if (!mask[c * p.mask.l + r * p.mask.d]) s[r * query_block + c] = -infinity;
+  }
+
+  NNFAST_INLINE void add_keys(int columns, int64_t j, int rows, T* s) const {
+    const T* bias = of_keys(p.bias) ? p.bias.at(n, h) : nullptr;
+    const uint8_t* mask = of_keys(p.mask) ? p.mask.at(n, h) : nullptr;
+    const uint8_t* padding = p.padding.data ? p.padding.at(n, 0) : nullptr;
+    for (int r = 0; r < rows; ++r, s += query_block) {
+      if ((padding && padding[(j + r) * p.padding.l]) || (mask && !mask[(j + r) * p.mask.d])) {
+        std::fill_n(s, columns, -infinity);
+      } else if (bias) {
+        const T e = bias[(j + r) * p.bias.d];
+        for (int c = 0; c < columns; c += lanes) store(s + c, load<V>(s + c) + e);
+      }
+    }
+  }
+
+  NNFAST_INLINE void hide(int64_t i, int columns, int64_t j, int rows, T* s) const {
+    for (int r = 0; r < rows; ++r, s += query_block) {
+      const int64_t first = std::clamp<int64_t>(j + r - p.right - i, 0, columns);
+      const int64_t end = std::clamp<int64_t>(j + r + p.left + 1 - i, first, columns);
+      std::fill(s, s + first, -infinity);
+      std::fill(s + end, s + columns, -infinity);
+    }
+  }
+};
+
+}  // namespace nnfast::cpu
