@@ -45,19 +45,6 @@ struct Range {
   int64_t begin, end;
 };
 
-// An array for one thread, aligned to a vector.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
-
 // Columns of x: (rows, columns) that a matrix needs whose panels are whole.
 template <class T, int bytes>
 NNFAST_INLINE int64_t whole_panels(int64_t columns) {

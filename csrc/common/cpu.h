@@ -86,6 +86,7 @@ class Scratch {
   explicit Scratch(int64_t n)
       : data_(static_cast<Element*>(operator new(n * sizeof(Element), std::align_val_t(64)))) {}
   NNFAST_INLINE Element* get() const { return data_.get(); }
+  NNFAST_INLINE operator Element*() const { return data_.get(); }
 
  private:
   struct Free {

@@ -263,24 +263,6 @@ struct LongRows : Forwards<T> {
   }
 };
 
-// Swaps rows and columns of a square of as many vectors as a vector has lanes.
-template <int distance, class V>
-NNFAST_INLINE void transpose(V* rows) {
-  constexpr int n = sizeof(V) / sizeof(typename Lanes<V>::Element);
-  if constexpr (distance > 0) {
-    using Bits = typename Lanes<V>::Bits;
-    const Bits lane = iota<Bits>();
-    const Bits upper = lane & distance;
-    for (int i = 0; i < n; ++i) {
-      if (i & distance) continue;
-      const V a = rows[i], b = rows[i + distance];
-      rows[i] = __builtin_shuffle(a, b, upper == 0 ? lane : lane - distance + n);
-      rows[i + distance] = __builtin_shuffle(a, b, upper == 0 ? lane + distance : lane + n);
-    }
-    transpose<distance / 2>(rows);
-  }
-}
-
 // Contiguous short rows, a row to a lane. begin, end: tiles
 template <class T>
 struct ShortRows : Forwards<T> {
