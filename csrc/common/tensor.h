@@ -88,6 +88,17 @@ inline bool is_channels_last(const Tensor& x) {
   return fits && next(0);
 }
 
+// A new tensor of x's dtype on x's device.
+inline Tensor new_strided(const Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
+  int32_t dtype, device_type;
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, x.get_device_index(), &y));
+  return Tensor(y);
+}
+
 // torch.empty_like(x). It keeps the strides of dense x, so that the dispatcher is not needed there.
 inline Tensor new_like(const Tensor& x) {
   if (!is_dense(x)) return torch::stable::empty_like(x);

@@ -813,17 +813,9 @@ Input gated(const char* op, const Tensor& grad, const Optional& y, int64_t act, 
 }
 
 Tensor empty_images(const Tensor& x, const Images& size) {
-  const int64_t sizes[] = {size.images, size.channels, size.height, size.width};
-  const int64_t strides[] = {size.height * size.width * size.channels, 1, size.width * size.channels,
-                             size.channels};
-  int32_t dtype, device_type;
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, x.get_device_index(), &y));
-  Tensor made(y);
-  return made;
+  return new_strided(
+      x, {size.images, size.channels, size.height, size.width},
+      {size.height * size.width * size.channels, 1, size.width * size.channels, size.channels});
 }
 
 Tensor empty(const Tensor& x, std::initializer_list<int64_t> sizes) {

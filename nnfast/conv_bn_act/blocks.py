@@ -27,7 +27,7 @@ from ..core.operator import transformed
 from ..core.snapshot import hooked
 from . import fold, links
 from .module import activation_code, batch_norm_act, norm_of, normalise
-from .op import BATCH_NORM_ACT, again, recomputing
+from .op import BATCH_NORM_ACT, again, in_layout, recomputing
 
 NAME = "conv_bn_act"
 
@@ -370,7 +370,8 @@ def chain(
 
     x is an ordinary tensor; the projection's activation is the identity.
     """
-    via = _pays_channels_last([*units, *([projection] if projection else [])], x)
+    alone = len(units) == 1 and residual is not None  # which would take the same way
+    via = not alone and _pays_channels_last([*units, *([projection] if projection else [])], x)
     y = entered = _enter(x) if via else x
     pair = (x, entered) if via else None
     if not via and (found := _links(units, x, projection)):
@@ -553,9 +554,15 @@ def _winograd_possible(conv: Any, x: Tensor) -> bool:
     )
 
 
+def _winograd_serves(conv: Any, x: Tensor) -> bool:
+    """It does, of x in channels_last."""
+    padded = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return padded and _winograd_possible(conv, x) and not extension.why_not(winograd.NAME, "CPU")
+
+
 def _winograd(conv: nn.Conv2d, x: Tensor) -> Convolutions | None:
     """Its operators, if they are the choice for x."""
-    if not _winograd_possible(conv, x) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if not _winograd_serves(conv, x):
         return None
     return CONV2D_ACT.ours(
         x, conv.weight, conv.bias, None, None, conv.stride, conv.padding, conv.dilation, conv.groups
@@ -810,7 +817,7 @@ def _entering(x: Tensor) -> Callable[[], Tensor]:
                 "nnfast: the input of a residual block, needed for gradient computation, has been modified "
                 f"by an inplace operation: it is at version {kept._version}; expected {version}"
             )
-        return kept.contiguous(memory_format=torch.channels_last)
+        return in_layout(kept, channels_last=True)
 
     return compute
 
@@ -847,7 +854,8 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
         weights.append(weight)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
     if len(units) == 1:
-        return differentiates and x.requires_grad and stride > 1
+        ours = _winograd_serves(units[0].conv, x) and not winograd.not_worth(x, weights[0])
+        return ours or (differentiates and x.requires_grad and stride > 1)
     if not differentiates:
         return True
     ours = all(unit[0].kernel_size == (3, 3) for unit in units) and stride == 1
@@ -861,11 +869,11 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
+        return in_layout(x, channels_last=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        return in_layout(grad, channels_last=False)
 
 
 class _Leave(torch.autograd.Function):
@@ -873,11 +881,11 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.contiguous()
+        return in_layout(x, channels_last=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=torch.channels_last)
+        return in_layout(grad, channels_last=True)
 
 
 class _ContiguousGradient(torch.autograd.Function):

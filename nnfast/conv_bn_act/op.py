@@ -705,6 +705,30 @@ def _in_triton(function: str) -> Callable[..., Any]:
     return call
 
 
+LAYOUT = "image_layout"
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+LEAST_LAYOUT = 1 << 16
+"""Fewest elements of an image that we bring into another order."""
+
+
+def _in_order(x: Tensor, channels_last: bool) -> Tensor:
+    return x.clone(memory_format=_FORMATS[channels_last])
+
+
+_layout = define(LIBRARY, f"{LAYOUT}(Tensor x, bool channels_last) -> Tensor", _in_order)
+LIBRARY.impl(LAYOUT, _in_order, "CompositeExplicitAutograd")
+
+
+def in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    """x: (N, C, H, W) in channels_last, or contiguous; not differentiable."""
+    wanted, other = _FORMATS[channels_last], _FORMATS[not channels_last]
+    plain = x.is_cpu and x.dtype is torch.float32 and x.numel() >= LEAST_LAYOUT
+    if plain and x.is_contiguous(memory_format=other) and not x.is_contiguous(memory_format=wanted):
+        return _layout(x, channels_last)  # type: ignore[no-any-return]
+    return x.contiguous(memory_format=wanted)
+
+
 BATCH_NORM_ACT = BatchNormAct()
 for _operator, _function in (
     ("batch_norm_stats", "statistics"),
