@@ -1,13 +1,13 @@
-// Images from contiguous into channels last on the CPU, and back: what blocks that run inside in the other order
-// begin and end with.
+// Images from contiguous into channels last on the CPU, and back: what blocks that run inside in the other
+// order begin and end with.
 #include "common/lanes.h"
 #include "common/tensor.h"
 
 namespace nnfast::cpu {
 namespace {
 
-// For every image (channels, pixels) into (pixels, channels), or back; an item is as many channels of an image
-// as a vector has lanes.
+// For every image (channels, pixels) into (pixels, channels), or back; an item is as many channels of an
+// image as a vector has lanes.
 struct Relayout {
   const float* from;
   float* to;

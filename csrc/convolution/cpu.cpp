@@ -15,6 +15,7 @@
 
 #include "activation/math.h"
 #include "common/gemm.h"
+#include "common/lanes.h"
 #include "common/tensor.h"
 
 namespace nnfast::cpu {
@@ -517,8 +518,10 @@ bool convolve(const Input& input, const Grid& grid, const Images& size, const Pl
   return finite;
 }
 
-// G w G^T of weights at any strides, panels of `made` channels over `channels` others.
+// G w G^T of weights at any strides, panels of `made` channels over `channels` others; an item is a panel of
+// `group` of the others.
 struct TransformWeights {
+  static constexpr int64_t group = 16;
   const float* weight;
   int64_t made, channels, made_step, channel_step, row, column;
   float* to;
@@ -526,19 +529,43 @@ struct TransformWeights {
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int64_t panel = GemmShape<float, bytes>::panel;
-    const int64_t point = round_up(made, panel) * channels;
+    const int64_t point = round_up(made, panel) * channels, groups = ceil_div(channels, group);
+    alignas(64) float w[group][9][panel] = {};
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / channels * panel, channel = item % channels;
-      alignas(64) float w[9][panel] = {};
-      for (int64_t l = 0; l < std::min(panel, made - first); ++l) {
-        const float* const from = weight + (first + l) * made_step + channel * channel_step;
-        for (int k = 0; k < 9; ++k) w[k][l] = from[k / 3 * row + k % 3 * column];
-      }
-      for (int64_t l = 0; l < panel; l += lanes_of<bytes>) one<bytes>(w, l, to + item * panel + l, point);
+      const int64_t first = item / groups * panel, width = std::min(panel, made - first);
+      const int64_t channel = item % groups * group, count = std::min(group, channels - channel);
+      const float* const from = weight + first * made_step + channel * channel_step;
+      for (int k = 0; k < 9; ++k) gather<bytes>(from + k / 3 * row + k % 3 * column, width, count, w, k);
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t l = 0; l < panel; l += lanes_of<bytes>)
+          one<bytes>(w[c], l, to + (first / panel * channels + channel + c) * panel + l, point);
     }
   }
 
  private:
+  // One of the nine weights, of a panel and a group of channels.
+  template <int bytes, int64_t panel>
+  NNFAST_INLINE void gather(const float* from, int64_t width, int64_t count, float (&w)[group][9][panel],
+                            int k) const {
+    using V = Floats<bytes>;
+    constexpr int lanes = lanes_of<bytes>;
+    if (width < panel || count < group || (made_step != 1 && channel_step != 1)) {
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t l = 0; l < panel; ++l)
+          w[c][k][l] = l < width ? from[l * made_step + c * channel_step] : 0.0f;
+    } else if (made_step == 1) {
+      for (int64_t c = 0; c < group; ++c) std::memcpy(w[c][k], from + c * channel_step, sizeof(w[c][k]));
+    } else {
+      for (int64_t l = 0; l < panel; l += lanes)
+        for (int64_t c = 0; c < group; c += lanes) {
+          V square[lanes];
+          for (int i = 0; i < lanes; ++i) square[i] = cpu::load<V>(from + (l + i) * made_step + c);
+          transpose<lanes / 2>(square);
+          for (int i = 0; i < lanes; ++i) cpu::store(w[c + i][k] + l, square[i]);
+        }
+    }
+  }
+
   template <int bytes, int64_t panel>
   NNFAST_INLINE void one(const float (&w)[9][panel], int64_t l, float* out, int64_t point) const {
     using V = Floats<bytes>;
@@ -827,13 +854,15 @@ void check_padding(const char* op, int64_t height, int64_t width) {
         "); it takes 0 to 2");
 }
 
+bool is_raw(const Tensor& weight) { return weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3; }
+
+int64_t transformed_numel(int64_t made, int64_t channels) {
+  return points * round_up(made, panel_width()) * channels;
+}
+
 // Weights (O, C, 3, 3), at any strides, as the convolution takes them; or, `backward`, its input gradient.
-Tensor transform(const Tensor& weight, bool backward) {
-  check_float(transform_name, "weight", weight);
-  if (weight.dim() != 4 || weight.size(2) != 3 || weight.size(3) != 3)
-    fail(transform_name, ": weight has shape ", describe(weight.sizes()), "; it takes (O, C, 3, 3)");
-  const int64_t made = weight.size(backward), channels = weight.size(!backward), panel = panel_width();
-  Tensor to = empty(weight, {points, ceil_div(made, panel), channels, panel});
+void transform_into(const Tensor& weight, bool backward, float* to) {
+  const int64_t made = weight.size(backward), channels = weight.size(!backward);
   int64_t row = weight.stride(2), column = weight.stride(3);
   const float* from = data(weight);
   if (backward) {  // by half a turn
@@ -841,19 +870,36 @@ Tensor transform(const Tensor& weight, bool backward) {
     row = -row;
     column = -column;
   }
-  if (to.numel())
-    parallel(ceil_div(made, panel) * channels, 64,
-             TransformWeights{from, made, channels, weight.stride(backward), weight.stride(!backward), row,
-                              column, mutable_data(to)});
+  parallel(ceil_div(made, panel_width()) * ceil_div(channels, TransformWeights::group), 4,
+           TransformWeights{from, made, channels, weight.stride(backward), weight.stride(!backward), row,
+                            column, to});
+}
+
+Tensor transform(const Tensor& weight, bool backward) {
+  check_float(transform_name, "weight", weight);
+  if (!is_raw(weight))
+    fail(transform_name, ": weight has shape ", describe(weight.sizes()), "; it takes (O, C, 3, 3)");
+  const int64_t made = weight.size(backward), channels = weight.size(!backward), panel = panel_width();
+  Tensor to = empty(weight, {points, ceil_div(made, panel), channels, panel});
+  if (to.numel()) transform_into(weight, backward, mutable_data(to));
   return to;
 }
 
-const float* checked_weights(const char* op, const Tensor& weights, int64_t made, int64_t channels) {
+// Transformed ones as they are; raw ones transformed into memory that is kept for the next call: first
+// touches of fresh pages take several times the transform.
+const float* transformed(const char* op, const Tensor& weights, bool backward, int64_t made,
+                         int64_t channels) {
   check_float(op, "weights", weights);
+  if (is_raw(weights) && weights.size(backward) == made && weights.size(!backward) == channels) {
+    static thread_local Workspace memory;
+    float* const to = memory.get(transformed_numel(made, channels));
+    transform_into(weights, backward, to);
+    return to;
+  }
   const int64_t panel = panel_width();
   if (!weights.is_contiguous() || weights.dim() != 4 || weights.size(0) != points ||
       weights.size(1) != ceil_div(made, panel) || weights.size(2) != channels || weights.size(3) != panel)
-    fail(op, ": weights have shape ", describe(weights.sizes()), "; they need to be transformed ones of ",
+    fail(op, ": weights have shape ", describe(weights.sizes()), "; they need to be, transformed or not, of ",
          channels, " channels and ", made, " made");
   return data(weights);
 }
@@ -877,7 +923,7 @@ std::tuple<Tensor, Tensor, bool> forward(const Tensor& x, const Tensor& weights,
       activation(forward_name, act, slope),         mutable_data(y),
       with_statistics ? statistics.get() : nullptr, made};
   const bool finite =
-      convolve(input, grid, size, plan, checked_weights(forward_name, weights, made, from.channels), body);
+      convolve(input, grid, size, plan, transformed(forward_name, weights, false, made, from.channels), body);
   if (!with_statistics) return {y, empty(x, {0}), finite};
   Tensor merged = empty(x, {3, 1, made});
   merge_statistics(grid, size, plan, statistics.get(), mutable_data(merged));
@@ -914,7 +960,7 @@ std::tuple<Tensor, Tensor, Tensor, bool> input_gradient(
                            sums.get(),
                            channels};
   const bool finite =
-      convolve(input, grid, size, plan, checked_weights(op, weights, channels, from.channels), body);
+      convolve(input, grid, size, plan, transformed(op, weights, true, channels, from.channels), body);
   if (!norm) return {dx, empty(grad, {0}), empty(grad, {0}), finite};
   std::vector<float> both(2 * channels);
   add_parts(sums.get(), plan.chunks, 2 * channels, both.data());

@@ -29,7 +29,7 @@ def _unknown(*args: object) -> None:
 
 
 transform = define(LIBRARY, f"{NAME}_weights(Tensor weight, bool backward) -> Tensor", _unknown)
-"""Weights (O, C, 3, 3) as the forward takes them, or, backward, as the input gradient does."""
+"""Weights (O, C, 3, 3) as the forward takes them too, or, backward, as the input gradient does."""
 
 _forward = define(
     LIBRARY,
@@ -120,7 +120,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator; transformed: what `transform` makes of the weight, where it is kept."""
     _check(x, weight.shape[2:], stride, padding)
-    weights = transform(weight, False) if transformed is None else transformed
+    weights = weight if transformed is None else transformed
     norm = (center, scale, shift, prologue, prologue_slope)
     y, statistics, finite = _forward(
         _last(x), weights, weight.shape[0], bias, _last_if(residual), *norm, *padding, act, slope,
@@ -153,7 +153,7 @@ def input_gradient(
     _check(grad, weight.shape[2:], stride, padding)
     norm = (center, scale, shift, prologue, prologue_slope)
     dx, sum_dz, sum_dz_x, finite = _input_gradient(
-        _last(grad), _last_if(y), transform(weight, True), _last_if(added), _last_if(x), *norm, *size[1:],
+        _last(grad), _last_if(y), weight, _last_if(added), _last_if(x), *norm, *size[1:],
         *padding, act, slope, scaled,
     )  # fmt: skip
     if finite:
