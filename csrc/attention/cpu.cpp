@@ -433,16 +433,6 @@ auto of_type(const char* op, const Tensor& q, const Body& body) {
   return body(float{});
 }
 
-Tensor strided(const Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
-  int32_t dtype, device_type;
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, x.get_device_index(), &y));
-  return Tensor(y);
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
                                    const Optional& padding, const Optional& bias, const Optional& slopes,
                                    const Optional& seed, bool is_causal, double scale, double softcap,
@@ -452,7 +442,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     const auto p = arguments<T>(forward_name, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale,
                                 softcap, left, right, dropout_p);
     const int64_t row = p.heads * p.values;
-    Tensor out = strided(q, {p.batch, p.heads, p.queries, p.values}, {p.queries * row, p.values, row, 1});
+    Tensor out = new_strided(q, {p.batch, p.heads, p.queries, p.values}, {p.queries * row, p.values, row, 1});
     Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries});
     expect_writes(out.mutable_data_ptr(), out.numel() * sizeof(T));
     const int64_t heads = p.batch * p.heads, blocks = (p.queries + query_block - 1) / query_block;

@@ -196,7 +196,10 @@ def _cpu_not_worth(q: Tensor, k: Tensor, _: Tensor, terms: Terms, *__: Any) -> l
         return [f"q has dtype {q.dtype}, which our CPU kernels convert and torch's own multiply directly"]
     if queries < tuning.ATTENTION_QUERIES:
         return [f"{queries} queries; measured to pay from {tuning.ATTENTION_QUERIES} on"]
-    scores = n * h * queries * k.shape[2]
+    keys = k.shape[2]
+    if terms.bias is not None and terms.bias.requires_grad and keys < tuning.ATTENTION_BIAS_KEYS:
+        return [f"{keys} keys; of a bias torch's formula gives a more exact gradient for so few"]
+    scores = n * h * queries * keys
     if scores < tuning.ATTENTION_SCORES and terms.is_plain:
         return [f"{scores} scores; without masks measured to pay from {tuning.ATTENTION_SCORES} on"]
     return []

@@ -263,6 +263,9 @@ ATTENTION_QUERIES = 32
 ATTENTION_SCORES = 1 << 14
 """Fewest scores, of all heads, for which it is without masks."""
 
+ATTENTION_BIAS_KEYS = 32
+"""Fewest keys for which its gradient of a bias is as exact as torch's."""
+
 MULTIHEAD_ELEMENTS = 1 << 18
 """Fewest elements of queries for which multi-head attention without autograd pays on the CPU."""
 
