@@ -61,7 +61,7 @@ def _transformers(kind: str) -> Callable[[], nn.Module]:
         transformers = pytest.importorskip("transformers")
         dropout = {
             "Bert": "hidden_dropout_prob attention_probs_dropout_prob",
-            "GPT2": "resid_pdrop attn_pdrop",
+            "GPT2": "resid_pdrop attn_pdrop embd_pdrop",
         }
         config = getattr(transformers, f"{kind}Config")(**dict.fromkeys(dropout[kind].split(), 0.0))
         return Outputs(getattr(transformers, f"{kind}Model")(config))
