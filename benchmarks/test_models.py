@@ -58,6 +58,7 @@ def _timm(name: str, **config: Any) -> Callable[[], nn.Module]:
 
 def _transformers(kind: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
+        pytest.importorskip("tests.torchvision_operators")  # transformers imports torchvision
         transformers = pytest.importorskip("transformers")
         dropout = {
             "Bert": "hidden_dropout_prob attention_probs_dropout_prob",
