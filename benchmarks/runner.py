@@ -163,8 +163,9 @@ def digest(family: str) -> str:
     names = ("common", "core", family, *BUILT_ON.get(family, ()))
     folders = [place / name for name in names for place in (ROOT / "csrc", package)]
     for folder in [ROOT / "csrc", package] if family == "models" else folders:
+        base = folder.parent if family == "models" else folder.parents[1]
         for file in sorted(f for f in folder.rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".py")):
-            whole.update(file.relative_to(folder.parents[1]).as_posix().encode() + b"\0" + file.read_bytes())
+            whole.update(file.relative_to(base).as_posix().encode() + b"\0" + file.read_bytes())
     return whole.hexdigest()[:16]
 
 
