@@ -96,20 +96,20 @@ class Scratch {
 };
 
 // Whether results that a loop over `bytes` of input and output writes are better streamed past the caches:
-// they save reading what is overwritten, but whoever reads them next finds them in no cache. Measured on Zen
-// 5 with 32 MB of L3 and 2 threads: at 48 MB a sum over the results loses nothing and the loop gains 1.1
-// to 1.4x; at 32 MB the sum loses.
+// they save reading what is overwritten, but whoever reads them next finds them in no cache. Larger than that
+// they would not be there anyway.
 inline bool worth_streaming(int64_t bytes) {
   constexpr int64_t cache = 40 << 20, threads_per_cache = 8;
   return bytes > cache && bytes > cache * ((torch::stable::get_num_threads() - 1) / threads_per_cache + 1);
 }
 
-// Asks for huge pages behind a new output: first touches of 4 KB pages, one fault each, took most of a
-// backward's time (64 MB filled in 3.6 ms instead of 20, on Zen 5 with 2 threads).
+// Asks for huge pages behind a new output: first touches of 4 KB pages, one fault each, can take most of a
+// backward's time. From 32 MB on malloc maps new memory for every output; less is mostly memory that was
+// touched before, where pages would be made huge for nothing.
 inline void expect_writes(void* data, int64_t bytes) {
 #if defined(__linux__)
-  constexpr int64_t page = 4096, huge_page = 2 << 20;
-  if (bytes < 2 * huge_page) return;
+  constexpr int64_t page = 4096, mapped = 32 << 20;
+  if (bytes < mapped) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
