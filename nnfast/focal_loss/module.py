@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import op
+from . import linear, op
 
 
 def softmax_focal_loss(
@@ -118,7 +118,7 @@ def linear_focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, eq. 5, over softmax.
     """
-    return op.linear_focal_loss(
+    return linear.linear_focal_loss(
         x, weight, target, bias, alpha, gamma, class_weight, ignore_index, label_smoothing, reduction
     )
 
@@ -275,7 +275,7 @@ class LinearFocalLoss(nn.Linear):
         """The loss, see `nnfast.functional.linear_focal_loss`; without a target the logits."""
         if target is None:
             return super().forward(x)
-        return op.linear_focal_loss(
+        return linear.linear_focal_loss(
             x,
             self.weight,
             target,

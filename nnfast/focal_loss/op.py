@@ -11,9 +11,6 @@ they save the losses' way through memory and torch's passes over them:
         -> (sum of losses / denominator, denominator, slopes)
     nnfast::softmax_focal_loss_total_backward(grad, denominator, x, target, slopes, ignore_index) -> gradient
 
-A linear layer with its loss, `LINEAR`, has no operator of its own: it calls the first two, a chunk of rows at
-a time.
-
 Those of softmax take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
 float64 for float64, else float32. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
 reference.py makes a row's gradient of, without a sum over the row. Those of totals take x: (N, C) and target:
@@ -25,8 +22,7 @@ module.py take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -40,6 +36,7 @@ from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     DTYPES,
     LIBRARY,
+    compute_dtype,
     define,
     implement,
     place_why_not,
@@ -55,11 +52,7 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _SIGMOID = "Tensor x, Tensor target, float alpha, float gamma"
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _needs_formula(*tensors: Tensor) -> bool:
+def needs_formula(*tensors: Tensor) -> bool:
     """A backward must be differentiable, or is transformed."""
     return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
@@ -69,7 +62,7 @@ class SoftmaxKernels:
 
     def __init__(self, library: torch.library.Library, overload: str = "") -> None:
         def fake(x: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-            dtype = _compute_dtype(x)
+            dtype = compute_dtype(x)
             return x.new_empty(target.shape, dtype=dtype), x.new_empty((3, *target.shape), dtype=dtype)
 
         schema = (
@@ -121,7 +114,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, target, alpha, slopes = ctx.saved_tensors
         result: Tensor
-        if _needs_formula(grad, x):
+        if needs_formula(grad, x):
             result = reference.softmax_focal_loss_backward(grad, x, target, alpha, *ctx.options)
         else:
             result = ctx.kernels.backward(grad, x, target, slopes, ctx.options[1])
@@ -133,7 +126,7 @@ _softmax = super(torch.autograd.Function, _Softmax).apply
 
 
 def _total_fake(x: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     one = x.new_empty((), dtype=dtype)
     return one, torch.empty_like(one), x.new_empty((3, *target.shape), dtype=dtype)
 
@@ -176,7 +169,7 @@ class _SoftmaxTotal(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, target, alpha, slopes, denominator = ctx.saved_tensors
         result: Tensor
-        if _needs_formula(grad, x):
+        if needs_formula(grad, x):
             rows, targets = _deep(x, target)
             grad = (grad / denominator).expand(targets.shape)
             result = reference.softmax_focal_loss_backward(grad, rows, targets, alpha, *ctx.options)
@@ -242,7 +235,7 @@ class _SoftmaxTransformed(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         x, target, alpha = ctx.saved_tensors
-        one = x.new_ones(target.shape, dtype=_compute_dtype(x))
+        one = x.new_ones(target.shape, dtype=compute_dtype(x))
         slope = reference.softmax_focal_loss_backward(one, reference.wide(x), target, alpha, *ctx.options)
         return (slope * tangent).sum(1)
 
@@ -313,7 +306,7 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, target = ctx.saved_tensors
-        formula = _needs_formula(grad, x)
+        formula = needs_formula(grad, x)
         gradient = reference.sigmoid_focal_loss_backward if formula else ctx.kernels.backward
         return gradient(grad, x, target, *ctx.options), None, None, None, None
 
@@ -393,13 +386,13 @@ def _run_softmax(
     x = _rows(inputs)
     target = _targets(targets, x)
     classes = not target.is_floating_point()
-    dtype = _compute_dtype(x)
-    of_class, factor = _alpha(alpha, dtype)
+    dtype = compute_dtype(x)
+    of_class, factor = split_alpha(alpha, dtype)
     weight = None if weight is None else weight.to(dtype)
     if total is not None and reduction != "none" and not transformed():
-        scale = _product(of_class, weight)
+        scale = product(of_class, weight)
         loss = total(x, target, scale, weight, float(gamma), ignore_index, reduction == "mean")
-        return _as_given(inputs, _scaled(loss, factor), dtype)
+        return _as_given(inputs, scaled(loss, factor), dtype)
     loss = losses(x, target, of_class, weight, float(gamma), ignore_index, label_smoothing)
     if reduction == "none":
         loss = loss.reshape(
@@ -408,10 +401,10 @@ def _run_softmax(
     elif reduction == "sum" or classes:
         loss = loss.sum()
         if reduction == "mean":
-            loss = loss / _count(target, weight, ignore_index)
+            loss = loss / mean_denominator(target, weight, ignore_index)
     else:
         loss = loss.mean()
-    return _as_given(inputs, _scaled(loss, factor), dtype)
+    return _as_given(inputs, scaled(loss, factor), dtype)
 
 
 def _as_given(inputs: Tensor, loss: Tensor, compute_dtype: torch.dtype) -> Tensor:
@@ -421,28 +414,30 @@ def _as_given(inputs: Tensor, loss: Tensor, compute_dtype: torch.dtype) -> Tenso
     return loss.to(compute_dtype if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype)
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a * b, where None is one."""
     return b if a is None else a if b is None else a * b
 
 
-def _alpha(alpha: Number | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Number | Tensor]:
+def split_alpha(alpha: Number | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Number | Tensor]:
     """Alpha as a factor of each class, and as one of all."""
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         return alpha.to(dtype), 1
     return None, alpha
 
 
-def _scaled(loss: Tensor, factor: Number | Tensor) -> Tensor:
+def scaled(loss: Tensor, factor: Number | Tensor) -> Tensor:
+    """loss * factor."""
     return loss if isinstance(factor, (int, float)) and factor == 1 else loss * factor
 
 
-def _count(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """The mean's denominator: how many targets are not ignored, or the sum of their weights."""
     valid = target != ignore_index
     return valid.sum() if weight is None else weight[target.where(valid, 0)].where(valid, 0).sum()
 
 
-def _kernel_losses(
+def kernel_losses(
     kernels: SoftmaxKernels,
     x: Tensor,
     target: Tensor,
@@ -452,10 +447,11 @@ def _kernel_losses(
     ignore_index: int,
     _: float,
 ) -> Tensor:
-    return kernels(x, target, _product(alpha, weight), gamma, ignore_index)
+    """Losses (N, S) of indices, by operators."""
+    return kernels(x, target, product(alpha, weight), gamma, ignore_index)
 
 
-def _reference_losses(
+def reference_losses(
     x: Tensor,
     target: Tensor,
     alpha: Tensor | None,
@@ -464,12 +460,13 @@ def _reference_losses(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
+    """Losses (N, S), by the formula."""
     if label_smoothing or target.is_floating_point():
         return reference.smoothed_focal_loss(x, target, alpha, weight, gamma, ignore_index, label_smoothing)
-    return reference.softmax_focal_loss(x, target, _product(alpha, weight), gamma, ignore_index)
+    return reference.softmax_focal_loss(x, target, product(alpha, weight), gamma, ignore_index)
 
 
-def _aten_losses(
+def aten_losses(
     x: Tensor,
     target: Tensor,
     alpha: Tensor | None,
@@ -510,10 +507,10 @@ def _softmax_why_not(
         reasons.append("targets are class probabilities; our kernels take class indices")
     elif type(targets) is not Tensor:
         reasons.append(f"targets is a {type(targets).__name__}; our kernels take plain tensors")
-    return reasons + _loss_why_not(label_smoothing, alpha=alpha, weight=weight)
+    return reasons + loss_why_not(label_smoothing, alpha=alpha, weight=weight)
 
 
-def _loss_why_not(label_smoothing: float, **factors: Number | Tensor | None) -> list[str]:
+def loss_why_not(label_smoothing: float, **factors: Number | Tensor | None) -> list[str]:
     """What no kernel of softmax focal loss takes."""
     reasons = [f"label_smoothing is {label_smoothing}; our kernels have none"] * bool(label_smoothing)
     for name, value in factors.items():
@@ -625,7 +622,7 @@ def _in_triton(function: str) -> Callable[..., Any]:
 def _softmax_in_triton(
     x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignore_index: int
 ) -> Any:
-    if message := _out_of_range(target, x.shape[1], ignore_index):  # the interpreter asserts nothing
+    if message := out_of_range(target, x.shape[1], ignore_index):  # the interpreter asserts nothing
         raise IndexError(f"nnfast::softmax_focal_loss.triton: {message}")
     return _in_triton("softmax_forward")(x, target, alpha, gamma, ignore_index)
 
@@ -646,7 +643,7 @@ def _softmax_total_forward(
     shape = 3, *target.shape
     x, target = _deep(x, target)
     loss, slopes = _softmax_forward(x, target, alpha, gamma, ignore_index)
-    denominator = _count(target, weight, ignore_index).to(loss.dtype) if mean else loss.new_ones(())
+    denominator = mean_denominator(target, weight, ignore_index).to(loss.dtype) if mean else loss.new_ones(())
     return loss.sum() / denominator, denominator, slopes.reshape(shape)
 
 
@@ -662,15 +659,16 @@ def _softmax_total_backward(
 
 
 @cache
-def _softmax_kernels(library: torch.library.Library, overload: str = "") -> SoftmaxKernels:
+def softmax_kernels(library: torch.library.Library, overload: str = "") -> SoftmaxKernels:
+    """The operators of a library, defined at the first call."""
     return SoftmaxKernels(library, overload)
 
 
 SOFTMAX = FocalLoss(
     "softmax_focal_loss",
-    lambda *args: partial(_kernel_losses, _softmax_kernels(*args)),
+    lambda *args: partial(kernel_losses, softmax_kernels(*args)),
     _run_softmax,
-    {"aten": _aten_losses, "reference": _reference_losses},
+    {"aten": aten_losses, "reference": reference_losses},
     _softmax_why_not,
     _softmax_not_worth,
     lambda x: x.select(1, 0).long(),
@@ -715,10 +713,10 @@ def softmax_focal_loss(
         try:
             loss = _run_total(inputs, targets, None, None, float(gamma), ignore_index, reduction == "mean")
         except RuntimeError as error:
-            if message := _out_of_range(targets, inputs.shape[1], ignore_index):
+            if message := out_of_range(targets, inputs.shape[1], ignore_index):
                 raise IndexError(f"{name}: {message}") from error
             raise
-        return _as_given(inputs, _scaled(loss, alpha), loss.dtype)
+        return _as_given(inputs, scaled(loss, alpha), loss.dtype)
     _check_tensors(name, inputs, targets)
     check_options(name, gamma, reduction)
     if not inputs.dim():
@@ -749,9 +747,9 @@ def softmax_focal_loss(
                 f"{list(expected)}, or class probabilities"
             )
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        _check_per_class(name, "alpha", alpha, inputs, classes)
+        check_per_class(name, "alpha", alpha, inputs, classes)
     if weight is not None:
-        _check_per_class(name, "weight", weight, inputs, classes, number=False)
+        check_per_class(name, "weight", weight, inputs, classes, number=False)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it needs to be within [0, 1]")
     args = (inputs, targets, alpha, gamma, weight, ignore_index, label_smoothing, reduction)
@@ -761,7 +759,7 @@ def softmax_focal_loss(
     try:
         result: Tensor = SOFTMAX(*args)
     except Exception as error:  # each backend has its own
-        if message := _out_of_range(targets, classes, ignore_index):
+        if message := out_of_range(targets, classes, ignore_index):
             raise IndexError(f"{name}: {message}") from error
         raise
     return result
@@ -814,363 +812,6 @@ def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: flo
     return result
 
 
-class LinearFocalLoss(Op):
-    """A linear layer and the softmax focal loss of its outputs, which are made a chunk of rows at a time."""
-
-    def __init__(self) -> None:
-        kernels = {"cuda": LIBRARY, "triton": LIBRARY, "cpu": LIBRARY}
-        ours = [
-            Backend(
-                key,
-                partial(
-                    _run_linear, *_of_kernels(_softmax_kernels(library, *["triton"] * (key == "triton")))
-                ),
-                partial(_linear_why_not, key),
-                partial(_linear_not_worth, key),
-            )
-            for key, library in kernels.items()
-        ]
-        theirs = {"aten": _aten_losses, "reference": _reference_losses}
-        super().__init__(
-            "linear_focal_loss",
-            ours
-            + [
-                Backend(key, partial(_run_linear, partial(_slopes_by_autograd, losses), losses))
-                for key, losses in theirs.items()
-            ],
-        )
-
-    def example(self, device: str) -> tuple[Any, ...]:
-        """The rows, matrix and targets of a vocabulary."""
-        x = torch.empty(4096, 512, device=device)
-        return x, torch.empty(32000, 512, device=device), x.select(1, 0).long()
-
-    def compiled_in(self, library: torch.library.Library) -> Backend:
-        """The `cuda` backend with the operators of another library, on any device."""
-        run = partial(_run_linear, *_of_kernels(_softmax_kernels(library)))
-        return Backend("cuda", run, partial(_linear_why_not, ""))
-
-
-Slopes = Callable[..., tuple[Tensor, Tensor | None]]
-"""From logits (n, V), targets (n,), upstream gradients (n,) or None, and the loss's options, to the losses
-(n,) and, given upstream gradients, that with respect to the logits."""
-
-
-def _of_kernels(kernels: SoftmaxKernels) -> tuple[Slopes, Callable[..., Tensor]]:
-    return partial(_slopes_by_kernels, kernels), partial(_kernel_losses, kernels)
-
-
-def _slopes_by_kernels(
-    kernels: SoftmaxKernels,
-    logits: Tensor,
-    target: Tensor,
-    upstream: Tensor | None,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    gamma: float,
-    ignore_index: int,
-    _: float,
-) -> tuple[Tensor, Tensor | None]:
-    x, target = logits.unsqueeze(-1), target.unsqueeze(-1)
-    loss, slopes = kernels.forward(x, target, _product(alpha, weight), gamma, ignore_index)
-    slope = None
-    if upstream is not None:
-        slope = kernels.backward(upstream.unsqueeze(-1), x, target, slopes, ignore_index).squeeze(-1)
-    return loss.squeeze(-1), slope
-
-
-def _slopes_by_autograd(
-    losses: Callable[..., Tensor], logits: Tensor, target: Tensor, upstream: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor | None]:
-    with torch.set_grad_enabled(upstream is not None):
-        x = logits.detach().unsqueeze(-1).requires_grad_(upstream is not None)
-        loss = losses(x, target.unsqueeze(-1), *options).squeeze(-1)
-        slope = None if upstream is None else torch.autograd.grad(loss, x, upstream)[0].squeeze(-1)
-    return loss.detach(), slope
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """How the rows of a linear layer are gone through."""
-
-    slopes: Slopes
-    losses: Callable[..., Tensor]
-    options: tuple[Any, ...]
-
-    def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        """Losses (N,) from all logits at once, however they are differentiated."""
-        logits = F.linear(x, weight, bias).unsqueeze(-1)
-        return self.losses(logits, target.unsqueeze(-1), *self.options).squeeze(-1)
-
-    def chunked(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        upstream: Tensor | None = None,
-        needs: Sequence[bool] = (False, False, False),
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Losses (N,), and for upstream gradients (N,) those of x, weight and bias that are needed.
-
-        Sums over rows are in the compute dtype.
-        """
-        count = tuning.linear_chunk(len(x), len(weight))
-        losses: list[Tensor] = []
-        of_x: list[Tensor] = []
-        of_weight: Tensor | None = None
-        of_bias: Tensor | None = None
-        buffer = x.new_empty(count, len(weight))  # new memory would be new pages, chunk after chunk
-        for begin in range(0, len(x), count):
-            rows = slice(begin, begin + count)
-            some = x[rows]
-            logits = buffer[: len(some)]
-            if bias is None:
-                torch.mm(some, weight.t(), out=logits)
-            else:
-                torch.addmm(bias, some, weight.t(), out=logits)
-            grad = None if upstream is None else upstream[rows]
-            loss, slope = self.slopes(logits, target[rows], grad, *self.options)
-            losses.append(loss)
-            if slope is None:
-                continue
-            if needs[0]:
-                of_x.append(slope @ weight)
-            if needs[1]:
-                of_weight = _add_product(of_weight, slope.t(), some)
-            if needs[2]:
-                part = slope.sum(0, dtype=loss.dtype)
-                of_bias = part if of_bias is None else of_bias.add_(part)
-        return torch.cat(losses), (torch.cat(of_x) if of_x else None, of_weight, of_bias)
-
-    def differentiable(
-        self, grad: Tensor, inputs: Sequence[Any], target: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Gradients of the losses, by a formula that can be differentiated again."""
-        with torch.enable_grad():
-            logits = F.linear(*inputs).unsqueeze(-1)
-            loss = _reference_losses(logits, target.unsqueeze(-1), *self.options).squeeze(-1)
-            asked = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-            found = iter(torch.autograd.grad(loss, asked, grad.expand(loss.shape), create_graph=True))
-        return [next(found) if need else None for need in needs]
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in the compute dtype, in total's memory."""
-    if total is None:
-        return reference.wide(a @ b)
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
-
-
-_FLOAT16_SCALE = 256.0
-"""Keeps a small probability's digits in a float16 gradient for an upstream gradient of one."""
-
-
-class _LinearTotal(torch.autograd.Function):
-    """Sum of the losses. The gradients for an upstream gradient of one are made in the forward.
-
-    Made in the backward they would cost the logits, a third of all products, once more. What the forward
-    saves, the backward scales into new tensors, so that the graph can be used again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: _Rows
-    ) -> Tensor:
-        ctx.rows, ctx.scale = rows, _FLOAT16_SCALE if x.dtype == torch.float16 else 1.0
-        needs = ctx.needs_input_grad[:3]
-        upstream = torch.full(target.shape, ctx.scale, dtype=_compute_dtype(x), device=x.device)
-        losses, gradients = rows.chunked(x, weight, bias, target, upstream, needs)
-        ctx.save_for_backward(x, weight, bias, target, *gradients)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, target, of_x, of_weight, of_bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if _needs_formula(grad, *(t for t in inputs if t is not None)):
-            return (*ctx.rows.differentiable(grad, inputs, target, needs), None, None)
-        grad = grad / ctx.scale
-        gradients = (
-            None if saved is None else (saved * grad).to(given.dtype)
-            for saved, given in zip((of_x, of_weight, of_bias), inputs, strict=True)
-        )
-        return (*gradients, None, None)
-
-
-class _LinearRows(torch.autograd.Function):
-    """Losses of rows. Each has an upstream gradient of its own, so the backward makes the logits again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: _Rows
-    ) -> Tensor:
-        ctx.rows = rows
-        ctx.save_for_backward(x, weight, bias, target)
-        return rows.chunked(x, weight, bias, target)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, target = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if _needs_formula(grad, *(t for t in inputs if t is not None)):
-            return (*ctx.rows.differentiable(grad, inputs, target, needs), None, None)
-        _, gradients = ctx.rows.chunked(*inputs, target, grad, needs)
-        same = (None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
-        return (*same, None, None)
-
-
-def _run_linear(
-    slopes: Slopes,
-    losses: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    *,
-    alpha: Number | Tensor = 1,
-    gamma: float = 2,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
-    device, keep = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        half = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
-        keep = torch.float32
-    dtype = _compute_dtype(x)
-    of_class, factor = _alpha(alpha, dtype)
-    class_weight = None if class_weight is None else class_weight.to(dtype)
-    rows = _Rows(slopes, losses, (of_class, class_weight, float(gamma), ignore_index, label_smoothing))
-    flat = x.reshape(-1, x.shape[-1]), weight, bias, target.long().reshape(-1)
-    with torch.autocast(device, enabled=False):
-        if _in_one_piece(slopes, flat, of_class, class_weight):
-            loss = rows.whole(*flat)
-            loss = loss if reduction == "none" else loss.sum()
-        elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
-            loss = rows.chunked(*flat)[0]
-            loss = loss if reduction == "none" else loss.sum()
-        else:
-            function = _LinearRows if reduction == "none" else _LinearTotal
-            loss = function.apply(*flat, rows)  # type: ignore[no-untyped-call]
-        if reduction == "none":
-            loss = loss.reshape(target.shape)
-        elif reduction == "mean":
-            loss = loss / _count(flat[-1], class_weight, ignore_index)
-        return _scaled(loss, factor).to(keep)
-
-
-def _in_one_piece(slopes: Slopes, flat: tuple[Any, ...], *factors: Tensor | None) -> bool:
-    """Transforms, gradients of alpha and class_weight, and torch.compile of torch's own need all logits."""
-    of_factors = torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
-    torchs = isinstance(slopes, partial) and slopes.func is _slopes_by_autograd
-    return not len(flat[0]) or transformed() or of_factors or (torchs and is_compiling())
-
-
-def _linear_why_not(
-    backend: str,
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    *,
-    alpha: Number | Tensor = 1,
-    gamma: float = 2,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-) -> list[str]:
-    reasons = place_why_not("softmax_focal_loss", backend, "x", x) if backend else []
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        reasons += [] if tensor is None else plain_why_not(name, tensor)
-    if type(target) is not Tensor:
-        reasons.append(f"target is a {type(target).__name__}; our kernels take plain tensors")
-    return reasons + _loss_why_not(label_smoothing, alpha=alpha, class_weight=class_weight)
-
-
-def _linear_not_worth(backend: str, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> list[str]:
-    logits = math.prod(x.shape[:-1]) * len(weight)
-    return size_not_worth("softmax_focal_loss", backend, x, logits, x.requires_grad or weight.requires_grad)
-
-
-LINEAR = LinearFocalLoss()
-
-
-def linear_focal_loss(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    alpha: float | Tensor,
-    gamma: float,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor:
-    """Check the arguments and let the chosen backend run."""
-    name = "nnfast.linear_focal_loss"
-    check_options(name, gamma, reduction)
-    for argument, value in (("x", x), ("weight", weight), ("target", target), ("bias", bias)):
-        if not isinstance(value, Tensor) and (argument != "bias" or value is not None):
-            raise TypeError(f"{name}: {argument} is a {type(value).__name__}; it needs a torch.Tensor")
-    if not x.is_floating_point() or not x.dim():
-        raise TypeError(f"{name}: x is {x.dtype}{list(x.shape)}; it needs a floating-point (..., D)")
-    if weight.dim() != 2 or not len(weight) or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{name}: weight has shape {list(weight.shape)}; x {list(x.shape)} needs [classes, {x.shape[-1]}]"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{name}: bias has shape {list(bias.shape)}; weight {list(weight.shape)} needs [{len(weight)}]"
-        )
-    if target.dtype not in INDEX_DTYPES:
-        raise TypeError(
-            f"{name}: target has dtype {target.dtype}; it needs classes in "
-            f"{', '.join(map(str, INDEX_DTYPES))}"
-        )
-    if target.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{name}: target has shape {list(target.shape)}; x {list(x.shape)} needs {list(x.shape[:-1])}"
-        )
-    for argument, value in (("weight", weight), ("target", target), *[("bias", bias)] * (bias is not None)):
-        assert isinstance(value, Tensor)
-        if value.device != x.device:
-            raise ValueError(f"{name}: {argument} is on {value.device}; it needs to be on {x.device} as x")
-        if argument != "target" and value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"{name}: {argument} has dtype {value.dtype}; x has {x.dtype}, and both must be equal"
-            )
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        _check_per_class(name, "alpha", alpha, x, len(weight))
-    if class_weight is not None:
-        _check_per_class(name, "class_weight", class_weight, x, len(weight), number=False)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it needs to be within [0, 1]")
-    options = {
-        "alpha": alpha,
-        "gamma": gamma,
-        "class_weight": class_weight,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "reduction": reduction,
-    }
-    result: Tensor
-    if is_compiling():
-        result = LINEAR(x, weight, target, bias, **options)
-        return result
-    try:
-        result = LINEAR(x, weight, target, bias, **options)
-    except Exception as error:  # each backend has its own
-        if message := _out_of_range(target, len(weight), ignore_index, "target", "weight"):
-            raise IndexError(f"{name}: {message}") from error
-        raise
-    return result
-
-
 def _check_tensors(name: str, inputs: Tensor, targets: Tensor) -> None:
     for argument, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor):
@@ -1193,9 +834,10 @@ def check_options(name: str, gamma: float, reduction: str) -> None:
         raise ValueError(f"{name}: reduction is {reduction!r}; it needs to be one of {', '.join(REDUCTIONS)}")
 
 
-def _check_per_class(
+def check_per_class(
     name: str, argument: str, value: object, inputs: Tensor, classes: int, number: bool = True
 ) -> None:
+    """Raise unless value is a tensor of a value per class, or, with number, of one for all."""
     wanted = "a number or " * number + "a floating-point tensor of a value per class"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {argument} is a {type(value).__name__}; it needs {wanted}")
@@ -1213,7 +855,7 @@ def _check_per_class(
             )
 
 
-def _out_of_range(
+def out_of_range(
     targets: Tensor, classes: int, ignore_index: int, name: str = "targets", of: str = "inputs"
 ) -> str:
     """The first target on the cpu that is no class, in words; "" if there is none, or no telling."""

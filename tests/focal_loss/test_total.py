@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nnfast
 from nnfast.core import extension
+from nnfast.core.operator import compute_dtype
 from nnfast.focal_loss import op, reference
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +31,7 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     target = torch.randint(shape[1], (shape[0], *shape[2:]))
     if target.numel() > 1:
         target.flatten()[-1] = -100
-    return x, target, torch.linspace(0.5, 2, shape[1], dtype=op._compute_dtype(x))
+    return x, target, torch.linspace(0.5, 2, shape[1], dtype=compute_dtype(x))
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
@@ -122,9 +125,22 @@ def test_no_class(shape):
 
 
 def test_served_at_once_as_explained():
+    """What is served before any check is valid, and what `explain` says the CPU's kernels serve."""
     x, target, _ = sample((67, 10), torch.float32)
-    assert op._is_plain(x, target, 1, 2, "mean")
-    assert nnfast.explain("softmax_focal_loss", x, target).backend == "cpu"
+    one, strided = torch.ones(10), x.t().contiguous().t()
+    inputs = [x, x[:, :0], x[0], x[:0], x.unsqueeze(2), strided, x.bfloat16(), x.long(), nn.Parameter(x)]
+    targets = [target, target.int(), target[:3], target.unsqueeze(1), torch.softmax(x, 1), target.numpy()]
+    alphas, gammas = [1, 0.25, True, one, None], [2, 0.0, -1, math.inf, math.nan, "2"]
+    kept = 0
+    for args in itertools.product(inputs, targets, alphas, gammas, ["mean", "sum", "none", "all"]):
+        if op._is_plain(*args):
+            kept += 1
+            *given, reduction = args
+            assert op.SOFTMAX.explain(*given, reduction=reduction).backend == "cpu"
+            with nnfast.backend("cpu"):  # which has every check made
+                checked = nnfast.functional.softmax_focal_loss(*given, reduction=reduction)
+            assert torch.equal(nnfast.functional.softmax_focal_loss(*given, reduction=reduction), checked)
+    assert kept == 2 * 1 * 2 * 2 * 2
     with nnfast.backend("aten"):
         assert not op._is_plain(x, target, 1, 2, "mean")
 
