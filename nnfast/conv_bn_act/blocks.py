@@ -873,7 +873,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return in_layout(grad, channels_last=False)
+        return _leave(grad)  # differentiable
 
 
 class _Leave(torch.autograd.Function):
@@ -885,7 +885,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return in_layout(grad, channels_last=True)
+        return _enter(grad)
 
 
 class _ContiguousGradient(torch.autograd.Function):
