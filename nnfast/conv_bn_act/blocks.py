@@ -873,7 +873,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return in_layout(grad, channels_last=False)
+        return grad if _batched(grad) else _leave(grad)  # differentiable
 
 
 class _Leave(torch.autograd.Function):
@@ -885,7 +885,13 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return in_layout(grad, channels_last=True)
+        return grad if _batched(grad) else _enter(grad)
+
+
+def _batched(grad: Tensor) -> bool:
+    """Many gradients at once, whose format nobody can ask."""
+    found: bool = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return found
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -897,6 +903,8 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if _batched(grad):
+            return grad
         return grad.contiguous().flatten().view(grad.shape)  # of 1x1 weights too
 
 
@@ -996,6 +1004,10 @@ def explain_units(
     ours: dict[str, tuple[str, list[str]]] = {}
     parts = None if shortcut is None else _parts(shortcut)
     chained = all(links.of_batch(unit.bn) for unit in (*units, *(parts or ())))
+    alone = len(units) == 1 and residual is not None
+    if not alone and _pays_channels_last([*units, *(parts or ())], x):  # as `chain` asks
+        entered = torch.empty_like(x, memory_format=torch.channels_last, requires_grad=x.requires_grad)
+        x, residual = entered, entered if residual is x else residual
 
     def ask(name: str, unit: Unit, x: Tensor, residual: Tensor | None, of_chain: Tensor) -> None:
         known = ("identity", 0.01) if name == "shortcut" else _known(unit)

@@ -47,12 +47,13 @@ class Folded:
     Both are computed in float64 and rounded once: the weight to the convolution's type, the bias to float32.
     """
 
-    __slots__ = ("bias", "calls", "eps", "reordered", "snapshot", "transformed", "weight")
+    __slots__ = ("bias", "calls", "eps", "geometry", "reordered", "snapshot", "transformed", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
         sources = _sources(conv, bn)
         self.snapshot = Snapshot(sources)  # first: what changes meanwhile is seen later
         self.eps: float = bn.eps  # type: ignore[assignment]
+        self.geometry = _geometry(conv)
         weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in sources)
         with torch.inference_mode(False), torch.no_grad():
             scale = (var.double() + self.eps).rsqrt()  # type: ignore[union-attr]
@@ -77,7 +78,8 @@ class Folded:
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
-        return self.eps == bn.eps and self.snapshot.holds(_sources(conv, bn))
+        same = self.eps == bn.eps and self.geometry == _geometry(conv)
+        return same and self.snapshot.holds(_sources(conv, bn))
 
     def reorder(self, conv: nn.Conv2d, padding: Any, shape: torch.Size) -> Tensor:
         """The weight in oneDNN's own order for inputs of a shape, the first time it is asked for."""
@@ -132,6 +134,11 @@ def _sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
         running["running_var"],
         running["num_batches_tracked"],  # torch's batch norm moves no version counter of running statistics
     )
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """What who serves a call, and the order of its weights, depend on too."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
 
 
 # --- who can be folded --------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ def _by_torch(
     quick = x.numel() <= _QUICK_INPUT and own.numel() <= _QUICK_WEIGHTS and x.dtype is torch.float32
     if quick and (residual is None or residual.numel() <= _QUICK_RESULT):
         y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
-        return _activate_(y if residual is None else y.add_(residual), act, negative_slope)
+        return _activate_(_one_format(y if residual is None else y.add_(residual)), act, negative_slope)
     channels_last = _channels_last(x) or _channels_last(own)
     if channels_last or own.numel() >= x.numel():
         weight = found.reorder(conv, padding, x.shape)  # takes and gives channels_last
@@ -336,8 +343,13 @@ def _by_torch(
         weight = found.weight
     y = _run_onednn(found.bias, weight, conv, padding, x, residual, act, negative_slope)
     if channels_last:
-        return y
+        return _one_format(y)
     return y.contiguous() if y.stride(1) != 1 else y.flatten().view(y.shape)
+
+
+def _one_format(y: Tensor) -> Tensor:
+    """y with the strides of contiguous if that is one of its formats, as torch's batch norm gives it."""
+    return y.flatten().view(y.shape) if y.stride(1) == 1 and y.is_contiguous() else y
 
 
 def _channels_last(x: Tensor) -> bool:

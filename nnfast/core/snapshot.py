@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +37,31 @@ def _state(source: Source) -> tuple[int, int] | None:
 
 
 def _probe(source: Source) -> tuple[Callable[[], object], object] | None:
-    """What reads a few elements, and what it reads now: not all writes move the version counter, as those to
-    `.data`."""
+    """What reads a small tensor, or samples of a large one, and what it reads now: not all writes move the
+    version counter, as those to `.data`."""
     if source is None or not (source.is_cpu and source.is_floating_point() and source.numel()):
         return None
-    flat = (
-        source.data.flatten() if source.is_contiguous() else source.data.as_strided((source.numel(),), (1,))
-    )
-    view = flat[:: max(flat.numel() // 32, 1)]
-    bits = view.view(_BITS[view.element_size()])  # a NaN equals itself
-    try:
-        read: Callable[[], object] = bits.numpy().tobytes  # a fifth of the time
-    except RuntimeError:  # torch without NumPy
-        read = bits.tolist
+    shape, stride = source.shape, source.stride()
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    flat = source.data.as_strided((extent,), (1,))
+    values: Any = flat.view(_BITS[flat.element_size()])  # a NaN equals itself
+    places: Any = slice(None)
+    if extent > _SMALL:  # down the diagonals: in every filter and every channel, as long as they are few
+        steps = torch.arange(min(max(shape), _SAMPLES))
+        index = [steps * max(size // len(steps), 1) % size for size in shape]
+        places = torch.stack([i * step for i, step in zip(index, stride, strict=True)]).sum(0)
+    with suppress(RuntimeError):  # torch without NumPy, which takes a fifth of the time
+        values, places = values.numpy(), places if extent <= _SMALL else places.numpy()
+
+    def read() -> object:
+        found = values[places]
+        return found.tolist() if type(found) is Tensor else found.tobytes()
+
     return read, read()
 
+
+_SMALL, _SAMPLES = 2048, 256
+"""Most elements that are all read, which takes 3 us, and most that are read of more, in 5 to 10 us."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import nnfast
 from nnfast.conv_bn_act import fold
+from nnfast.core.snapshot import Snapshot
 
 CHANNELS_LAST = torch.channels_last
 ACTS = {
@@ -36,6 +37,7 @@ CONVOLUTIONS = {
     "same, even": {"kernel_size": 4, "padding": "same"},
     "valid": {"kernel_size": 2, "padding": "valid"},
     "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "one channel": {"kernel_size": 3, "out_channels": 1},
     "circular, strided": {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "stride": (2, 1)},
 }
 
@@ -105,7 +107,7 @@ def agrees(block, x) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last weight", "sliced"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_as_exact_as_torch(name, layout, x):
-    block = trained(nnfast.ConvBNAct(8, 8, **CONVOLUTIONS[name]))
+    block = trained(nnfast.ConvBNAct(8, **{"out_channels": 8, **CONVOLUTIONS[name]}))
     if layout == "channels_last weight":
         block = block.to(memory_format=CHANNELS_LAST)
     if layout == "channels_last":
@@ -190,6 +192,8 @@ CHANGES = {
     "in place": lambda b: [p.mul_(1.5) for p in b.parameters()],
     "a buffer in place": lambda b: b.bn.running_var.add_(1),
     "through .data": lambda b: [p.data.mul_(1.5) for p in b.parameters()],
+    "one element through .data": lambda b: b.bn.weight.data[5].add_(1),
+    "one element through NumPy": lambda b: b.conv.weight.detach().numpy().__setitem__((7, 3, 1, 2), 9),
     "a new .data": lambda b: setattr(b.conv.weight, "data", b.conv.weight * 2),
     "a new parameter": lambda b: setattr(b.bn, "weight", nn.Parameter(b.bn.weight * 2)),
     "a new buffer": lambda b: setattr(b.bn, "running_mean", b.bn.running_mean + 1),
@@ -215,6 +219,34 @@ def test_every_change_is_seen(change, block, x):
     if change != "channels_last":
         assert not torch.allclose(expected(block, x), before)
     agrees(block, x)
+
+
+GEOMETRY = {"stride": (2, 2), "dilation": (2, 2), "padding": (2, 2), "padding_mode": "circular"}
+
+
+@pytest.mark.parametrize("attribute", GEOMETRY)
+def test_a_change_of_geometry_is_seen(attribute):
+    block = trained(nnfast.ConvBNAct(64, 64, 3, padding=1))
+    x = torch.randn(8, 64, 20, 20).contiguous(memory_format=CHANNELS_LAST)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(block(x), expected(block, x), rtol=1e-4, atol=1e-4)
+        setattr(block.conv, attribute, GEOMETRY[attribute])
+
+
+@pytest.mark.parametrize("shape", [(64, 96, 3, 3), (96, 64, 1, 1), (64, 256, 1, 1), (128, 1, 5, 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
+def test_a_filter_or_channel_written_through_data_is_seen(layout, shape):
+    weight = nn.Parameter(torch.randn(shape).contiguous(memory_format=layout))
+    snapshot = Snapshot([weight])
+    for dim in (0, 1):
+        for at in range(shape[dim]):
+            values = weight.data.select(dim, at)
+            before = values.clone()
+            values.zero_()
+            assert not snapshot.holds([weight])
+            values.copy_(before)
+    assert snapshot.holds([weight])
 
 
 def test_an_optimizers_step_is_seen(block, x):

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import nnfast
 from nnfast.conv_bn_act import blocks, links
+from nnfast.convolution import winograd
 from nnfast.convolution.op import CONV2D_ACT, with_statistics
+from nnfast.core import extension
 from nnfast.core.op import triton_why_not
 from tests.conv_bn_act.test_blocks import BLOCKS, CHANNELS_LAST, error, image, step
 
@@ -287,6 +289,38 @@ def test_explain_tells_of_our_convolutions():
         block.relu = nn.Hardswish()
         words = "conv1, conv2: the activation is another module, in training called as it is"
         assert of_ours(block, x) == ([words], [])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "last"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "make", [lambda: nnfast.ConvBNAct(64, 64, 3, padding=1), lambda: nnfast.ResidualBlock(64, 64)]
+)
+def test_explain_tells_of_winograds_convolution(make, training, layout, monkeypatch):
+    """Of contiguous images too, which run inside in channels_last."""
+    missing = extension.why_not(winograd.NAME, "CPU") or winograd.not_worth(
+        torch.empty(4, 64, 32, 32), torch.empty(64, 64, 3, 3)
+    )
+    ran = []
+    original = winograd._forward
+    monkeypatch.setattr(winograd, "_forward", lambda *a: ran.append(a) or original(*a))
+    block, x = make().train(training), torch.randn(4, 64, 32, 32).contiguous(memory_format=layout)
+    with torch.set_grad_enabled(training):
+        block(x)
+        reasons = nnfast.explain(block, x).reasons["conv2d_act"]
+    assert bool(ran) == (reasons == []) == (not missing)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 28, 28), (2, 64, 32, 32)])
+def test_many_gradients_at_once_inside_in_channels_last(shape):
+    torch.manual_seed(0)
+    block, x = nnfast.ResidualBlock(shape[1], shape[1]), torch.randn(shape, requires_grad=True)
+    y, leaves = block(x), [x, block.conv1.weight, block.bn2.bias]
+    upstream = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        alone = torch.autograd.grad(y, leaves, one, retain_graph=True)
+        assert_close([t[i] for t in together], list(alone), rtol=1e-4, atol=1e-3)
 
 
 def test_many_gradients_at_once(calls):
