@@ -734,12 +734,9 @@ def _saving_less(x: Tensor, via: Via) -> AbstractContextManager[Any]:
     )
 
 
-_PRODUCTS = 512
-"""Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
-
-
 def _saving_pays(conv: nn.Conv2d) -> bool:
-    return conv.weight.numel() >= _PRODUCTS * conv.in_channels * conv.stride[0] * conv.stride[1]
+    least = tuning.RECOMPUTE_PRODUCTS * conv.in_channels * conv.stride[0] * conv.stride[1]
+    return conv.weight.numel() >= least
 
 
 def _weight_first_serves(conv: nn.Conv2d, x: Tensor) -> bool:

@@ -21,21 +21,10 @@ from torch import Tensor, nn
 
 from ..activation.module import mish, silu
 from ..convolution import winograd
+from ..core import tuning
 from ..core.op import forced
 from ..core.operator import plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
-
-_SHAPES = 4
-"""Shapes of input for which reordered weights are kept."""
-
-_CALLS = 64
-"""Kinds of calls of which it is remembered that a pair serves them."""
-
-_QUICK_INPUT, _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
-"""Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
-than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
-that time."""
-
 
 Run = Callable[..., Tensor]
 """Takes a `Folded`, its convolution, x, a residual or None, an activation and leaky_relu's slope."""
@@ -70,7 +59,7 @@ class Folded:
         """The chosen way to run a call, remembered for calls like it."""
         call = _call(x, residual, act)
         if call is not None and forced() is None:
-            if len(self.calls) >= _CALLS:
+            if len(self.calls) >= tuning.FOLDED_CALLS:
                 self.calls = {}
             self.calls[call] = how
         return how(self, conv, x, residual, act, negative_slope)
@@ -87,7 +76,7 @@ class Folded:
                 found = torch.ops.mkldnn._reorder_convolution_weight(
                     self.weight, padding, conv.stride, conv.dilation, conv.groups, list(shape)
                 )
-            if len(self.reordered) >= _SHAPES:
+            if len(self.reordered) >= tuning.FOLDED_SHAPES:
                 self.reordered = {}
             self.reordered[shape] = found
         return found
@@ -325,8 +314,10 @@ def _by_torch(
         return _run_cudnn(found, conv, padding, x, residual)
     own = conv._parameters["weight"]
     assert own is not None
-    quick = x.numel() <= _QUICK_INPUT and own.numel() <= _QUICK_WEIGHTS and x.dtype is torch.float32
-    if quick and (residual is None or residual.numel() <= _QUICK_RESULT):
+    quick = (
+        x.numel() <= tuning.QUICK_INPUT and own.numel() <= tuning.QUICK_WEIGHTS and x.dtype is torch.float32
+    )
+    if quick and (residual is None or residual.numel() <= tuning.QUICK_RESULT):
         y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
         return _activate_(y if residual is None else y.add_(residual), act, negative_slope)
     channels_last = _channels_last(x) or _channels_last(own)

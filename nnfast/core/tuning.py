@@ -257,6 +257,23 @@ run inside in channels_last: with smaller ones weights are large, and to reorder
 WINOGRAD_PIXELS = 14 * 14
 """The same where all convolutions are Winograd's, which take no other order."""
 
+LEAST_LAYOUT = 1 << 16
+"""Fewest elements of an image that we bring into another memory format on the CPU."""
+
+RECOMPUTE_PRODUCTS = 512
+"""Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
+
+QUICK_INPUT, QUICK_WEIGHTS, QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
+"""Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
+than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
+that time."""
+
+FOLDED_SHAPES = 4
+"""Shapes of input for which the reordered weights of a folded convolution are kept."""
+
+FOLDED_CALLS = 64
+"""Kinds of calls of which it is remembered that a folded convolution serves them."""
+
 ATTENTION_QUERIES = 32
 """Fewest queries for which our attention on the CPU, which takes 32 at once, is faster than torch's."""
 
