@@ -11,6 +11,7 @@ as it writes the convolution's result; on CUDA cuDNN does, for relu.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,7 +58,7 @@ class Folded:
         self, how: Run, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
     ) -> Tensor:
         """The chosen way to run a call, remembered for calls like it."""
-        call = _call(x, residual, act)
+        call = _call(conv, x, residual, act)
         if call is not None and forced() is None:
             if len(self.calls) >= tuning.FOLDED_CALLS:
                 self.calls = {}
@@ -269,22 +270,25 @@ def run_again(
 ) -> Tensor | None:
     """What a call like one before gives, on the CPU and without autograd, if nothing has changed that who
     serves depends on; None if it is not known."""
+    if bn.training:
+        return None
     of_conv = _FOLDED.get(conv)
     found = None if of_conv is None else of_conv.get(bn)
     if found is None:
         return None
-    how = found.calls.get(_call(x, residual, act))
+    how = found.calls.get(_call(conv, x, residual, act))  # type: ignore[arg-type]
     if how is None or unplain(conv, bn) or not found.holds(conv, bn):  # type: ignore[arg-type]
         return None
     return how(found, conv, x, residual, act, negative_slope)
 
 
-def _call(x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | None:
-    """What who serves a call depends on, beside the modules; None where it is asked every time."""
+def _call(conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | None:
+    """What who serves a call depends on, beside the parameters; None where it is asked every time."""
     if not x.is_cpu or type(x) is not Tensor or x.layout is not torch.strided or torch.is_grad_enabled():
         return None
     state = (torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled())
-    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, *state)
+    options = (conv.stride, conv.padding, conv.padding_mode, conv.dilation, conv.groups)
+    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, state, options)
     if residual is not None:
         call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
     return call
@@ -300,7 +304,28 @@ def run(
 ) -> Tensor:
     """act(bn(conv(x)) [+ residual]) where `why_not` knows no reason against it; laid out as torch does."""
     assert isinstance(conv, nn.Conv2d)
-    return folded(conv, bn).run(_by_torch, conv, x, residual, act, negative_slope)
+    how = _by_conv2d if _quick(conv, x) else _by_torch
+    return folded(conv, bn).run(how, conv, x, residual, act, negative_slope)
+
+
+def _quick(conv: nn.Conv2d, x: Tensor) -> bool:
+    """On the CPU torch.conv2d is the better choice: it is small, and does without oneDNN."""
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not (plain and x.is_cpu and x.dtype is torch.float32):
+        return False
+    if conv.weight.numel() > tuning.QUICK_WEIGHTS or math.prod(output_shape(conv, x)) > tuning.QUICK_RESULT:
+        return False
+    options = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    chosen = torch._C._select_conv_backend(x, conv.weight, None, *options)
+    return chosen is not torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
+
+
+def _by_conv2d(
+    found: Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor:
+    padding: Any = conv.padding
+    y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
+    return _activate_(y if residual is None else y.add_(residual), act, negative_slope)
 
 
 def _by_torch(
@@ -314,12 +339,6 @@ def _by_torch(
         return _run_cudnn(found, conv, padding, x, residual)
     own = conv._parameters["weight"]
     assert own is not None
-    quick = (
-        x.numel() <= tuning.QUICK_INPUT and own.numel() <= tuning.QUICK_WEIGHTS and x.dtype is torch.float32
-    )
-    if quick and (residual is None or residual.numel() <= tuning.QUICK_RESULT):
-        y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
-        return _activate_(y if residual is None else y.add_(residual), act, negative_slope)
     channels_last = _channels_last(x) or _channels_last(own)
     if channels_last or own.numel() >= x.numel():
         weight = found.reorder(conv, padding, x.shape)  # takes and gives channels_last
@@ -351,12 +370,13 @@ def _run_onednn(
 ) -> Tensor:
     # oneDNN's relu makes 0 of NaN, so relu takes its own pass, in cache still; the fused add has no other
     options = (weight, bias, padding, conv.stride, conv.dilation, conv.groups)
+    fused = torch.ops.mkldnn._convolution_pointwise
     if residual is not None:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *options, "add", 1.0, None, [], None)
+        y = fused.binary(x, residual, *options, "add", 1.0, None, [], None)
     elif act == "leaky_relu":
-        return torch.ops.mkldnn._convolution_pointwise(x, *options, act, [slope], "")  # type: ignore[no-any-return]
+        return fused.default(x, *options, act, [slope], "")  # type: ignore[no-any-return]
     else:
-        y = torch.ops.mkldnn._convolution_pointwise(x, *options, "none", [], "")
+        y = fused.default(x, *options, "none", [], "")
     return _activate_(y, act, slope)
 
 

@@ -263,10 +263,9 @@ LEAST_LAYOUT = 1 << 16
 RECOMPUTE_PRODUCTS = 512
 """Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
 
-QUICK_INPUT, QUICK_WEIGHTS, QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
-"""Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
-than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
-that time."""
+QUICK_WEIGHTS, QUICK_RESULT = 1 << 16, 1 << 17
+"""Most weights, and elements of the result, for which a folded convolution that torch.conv2d does without
+oneDNN, of a small image or in one thread, is faster so: oneDNN takes longer to call."""
 
 FOLDED_SHAPES = 4
 """Shapes of input for which the reordered weights of a folded convolution are kept."""

@@ -203,6 +203,7 @@ CHANGES = {
     "training": lambda b: [b.train()(torch.randn(4, 8, 5, 5) * 3), b.eval()],
     "training without the block": lambda b: [b.bn.train()(torch.randn(4, 12, 5, 5) * 3), b.eval()],
     "no bias": lambda b: setattr(b.conv, "bias", None),
+    "dilation": lambda b: [setattr(b.conv, name, (2, 2)) for name in ("dilation", "padding")],
 }
 
 
@@ -215,6 +216,15 @@ def test_every_change_is_seen(change, block, x):
     if change != "channels_last":
         assert not torch.allclose(expected(block, x), before)
     agrees(block, x)
+
+
+def test_a_new_stride_of_winograds_convolution_is_seen():
+    block = trained(nnfast.ConvBNAct(64, 64, 3, padding=1))
+    x = torch.randn(2, 64, 30, 30).to(memory_format=CHANNELS_LAST)
+    for stride in ((1, 1), (1, 1), (2, 2)):
+        block.conv.stride = stride
+        with torch.no_grad():
+            assert_close(block(x), as_written(block, x), rtol=1e-4, atol=1e-4)
 
 
 def test_an_optimizers_step_is_seen(block, x):
