@@ -22,7 +22,7 @@ from ..convolution import winograd
 from ..convolution.op import CONV2D_ACT, plain_convolution, plain_gradients
 from ..convolution.op import Kernels as Convolutions
 from ..core import extension, tuning
-from ..core.op import Backend, Explanation, Op, describe, forced
+from ..core.op import Backend, Explanation, Op, describe, forced, forced_outside_compile
 from ..core.operator import transformed
 from ..core.snapshot import hooked
 from . import fold, links
@@ -370,6 +370,10 @@ def chain(
 
     x is an ordinary tensor; the projection's activation is the identity.
     """
+    if len(units) == 1 and projection is None and shortcut is None:
+        y = _again(units[0], x, residual)
+        if y is not None:
+            return y
     alone = len(units) == 1 and residual is not None  # which would take the same way
     via = not alone and _pays_channels_last([*units, *([projection] if projection else [])], x)
     y = entered = _enter(x) if via else x
@@ -522,6 +526,14 @@ def run(
     return y if known else _activate(unit, y)
 
 
+def _again(unit: Unit, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """What a unit like this gave before, at once; None where that is not known."""
+    if torch.is_grad_enabled() or forced_outside_compile() is not None or observers:
+        return None
+    known = _known(unit)
+    return None if known is None else fold.run_again(unit.conv, unit.bn, x, residual, *known)
+
+
 def _infer(
     unit: Unit, x: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
 ) -> Tensor | None:
@@ -606,33 +618,35 @@ class Extent(NamedTuple):
     """What of some modules decides from which size of images on kernels of ours are the choice in training.
 
     Attributes:
-        channels: of the widest batch norm.
+        elements: most that a batch norm has for a pixel of the input.
         winograd: there is a convolution that Winograd's serves, if there are pixels enough.
     """
 
-    channels: int
+    elements: int
     winograd: bool
 
     def small(self, x: Tensor) -> bool:
         """x is so small that torch's own are, told at once."""
-        if not x.is_cpu or forced() is not None:
+        if not x.is_cpu or forced_outside_compile() is not None:
             return False
-        pixels = x.numel() // max(x.shape[1], 1)
-        if self.winograd and pixels >= 4 * tuning.WINOGRAD.tiles:
+        numel, channels = x.numel(), x.shape[1]
+        if self.winograd and numel >= 4 * tuning.WINOGRAD.tiles * channels:
             return False
-        return pixels * self.channels < BATCH_NORM_ACT.least[x.element_size() < 4]
+        return numel * self.elements < BATCH_NORM_ACT.least[x.element_size() < 4] * channels
 
 
 def extent(modules: Iterable[nn.Module]) -> Extent:
-    """That of convolutions and batch norms among modules."""
-    channels, winograd = 0, False
+    """That of convolutions and batch norms among modules, each with the convolution before it."""
+    elements, area, winograd = 0, 1, False
     for each in modules:
         if isinstance(each, nn.BatchNorm2d):
-            channels = max(channels, each.num_features)
-        elif isinstance(each, nn.Conv2d) and each.kernel_size == (3, 3) and each.groups == 1:
-            least = min(each.in_channels, each.out_channels)
-            winograd = winograd or (each.stride == (1, 1) and least >= tuning.WINOGRAD.channels)
-    return Extent(channels, winograd)
+            elements, area = max(elements, -(-each.num_features // area)), 1
+        elif isinstance(each, nn.Conv2d):
+            area = each.stride[0] * each.stride[1]
+            if each.kernel_size == (3, 3) and each.groups == 1 and area == 1:
+                least = min(each.in_channels, each.out_channels)
+                winograd = winograd or least >= tuning.WINOGRAD.channels
+    return Extent(elements, winograd)
 
 
 def _small(unit: Unit, x: Tensor) -> bool:
@@ -734,12 +748,9 @@ def _saving_less(x: Tensor, via: Via) -> AbstractContextManager[Any]:
     )
 
 
-_PRODUCTS = 512
-"""Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
-
-
 def _saving_pays(conv: nn.Conv2d) -> bool:
-    return conv.weight.numel() >= _PRODUCTS * conv.in_channels * conv.stride[0] * conv.stride[1]
+    least = tuning.RECOMPUTE_PRODUCTS * conv.in_channels * conv.stride[0] * conv.stride[1]
+    return conv.weight.numel() >= least
 
 
 def _weight_first_serves(conv: nn.Conv2d, x: Tensor) -> bool:

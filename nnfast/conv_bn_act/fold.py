@@ -11,6 +11,7 @@ as it writes the convolution's result; on CUDA cuDNN does, for relu.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,21 +22,10 @@ from torch import Tensor, nn
 
 from ..activation.module import mish, silu
 from ..convolution import winograd
+from ..core import tuning
 from ..core.op import forced
 from ..core.operator import plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
-
-_SHAPES = 4
-"""Shapes of input for which reordered weights are kept."""
-
-_CALLS = 64
-"""Kinds of calls of which it is remembered that a pair serves them."""
-
-_QUICK_INPUT, _QUICK_WEIGHTS, _QUICK_RESULT = 1 << 19, 1 << 16, 1 << 15
-"""Largest input for which it matters that `mkldnn::_convolution_pointwise` takes 15 to 40 us longer to call
-than torch.conv2d; weights that oneDNN reorders at every call, and elements to which a residual is added, in
-that time."""
-
 
 Run = Callable[..., Tensor]
 """Takes a `Folded`, its convolution, x, a residual or None, an activation and leaky_relu's slope."""
@@ -71,7 +61,7 @@ class Folded:
         """The chosen way to run a call, remembered for calls like it."""
         call = _call(x, residual, act)
         if call is not None and forced() is None:
-            if len(self.calls) >= _CALLS:
+            if len(self.calls) >= tuning.FOLDED_CALLS:
                 self.calls = {}
             self.calls[call] = how
         return how(self, conv, x, residual, act, negative_slope)
@@ -89,7 +79,7 @@ class Folded:
                 found = torch.ops.mkldnn._reorder_convolution_weight(
                     self.weight, padding, conv.stride, conv.dilation, conv.groups, list(shape)
                 )
-            if len(self.reordered) >= _SHAPES:
+            if len(self.reordered) >= tuning.FOLDED_SHAPES:
                 self.reordered = {}
             self.reordered[shape] = found
         return found
@@ -287,6 +277,8 @@ def run_again(
 ) -> Tensor | None:
     """What a call like one before gives, on the CPU and without autograd, if nothing has changed that who
     serves depends on; None if it is not known."""
+    if bn.training:
+        return None
     of_conv = _FOLDED.get(conv)
     found = None if of_conv is None else of_conv.get(bn)
     if found is None:
@@ -302,7 +294,7 @@ def _call(x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | Non
     if not x.is_cpu or type(x) is not Tensor or x.layout is not torch.strided or torch.is_grad_enabled():
         return None
     state = (torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled())
-    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, *state)
+    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, state)
     if residual is not None:
         call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
     return call
@@ -318,7 +310,28 @@ def run(
 ) -> Tensor:
     """act(bn(conv(x)) [+ residual]) where `why_not` knows no reason against it; laid out as torch does."""
     assert isinstance(conv, nn.Conv2d)
-    return folded(conv, bn).run(_by_torch, conv, x, residual, act, negative_slope)
+    how = _by_conv2d if _quick(conv, x) else _by_torch
+    return folded(conv, bn).run(how, conv, x, residual, act, negative_slope)
+
+
+def _quick(conv: nn.Conv2d, x: Tensor) -> bool:
+    """On the CPU torch.conv2d is the better choice: it is small, and does without oneDNN."""
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not (plain and x.is_cpu and x.dtype is torch.float32):
+        return False
+    if conv.weight.numel() > tuning.QUICK_WEIGHTS or math.prod(output_shape(conv, x)) > tuning.QUICK_RESULT:
+        return False
+    options = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    chosen = torch._C._select_conv_backend(x, conv.weight, None, *options)
+    return chosen is not torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
+
+
+def _by_conv2d(
+    found: Folded, conv: nn.Conv2d, x: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor:
+    padding: Any = conv.padding
+    y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
+    return _activate_(_one_format(y if residual is None else y.add_(residual)), act, negative_slope)
 
 
 def _by_torch(
@@ -332,10 +345,6 @@ def _by_torch(
         return _run_cudnn(found, conv, padding, x, residual)
     own = conv._parameters["weight"]
     assert own is not None
-    quick = x.numel() <= _QUICK_INPUT and own.numel() <= _QUICK_WEIGHTS and x.dtype is torch.float32
-    if quick and (residual is None or residual.numel() <= _QUICK_RESULT):
-        y = torch.conv2d(x, found.weight, found.bias, conv.stride, padding, conv.dilation, conv.groups)
-        return _activate_(_one_format(y if residual is None else y.add_(residual)), act, negative_slope)
     channels_last = _channels_last(x) or _channels_last(own)
     if channels_last or own.numel() >= x.numel():
         weight = found.reorder(conv, padding, x.shape)  # takes and gives channels_last
@@ -372,12 +381,13 @@ def _run_onednn(
 ) -> Tensor:
     # oneDNN's relu makes 0 of NaN, so relu takes its own pass, in cache still; the fused add has no other
     options = (weight, bias, padding, conv.stride, conv.dilation, conv.groups)
+    fused = torch.ops.mkldnn._convolution_pointwise
     if residual is not None:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *options, "add", 1.0, None, [], None)
+        y = fused.binary(x, residual, *options, "add", 1.0, None, [], None)
     elif act == "leaky_relu":
-        return torch.ops.mkldnn._convolution_pointwise(x, *options, act, [slope], "")  # type: ignore[no-any-return]
+        return fused.default(x, *options, act, [slope], "")  # type: ignore[no-any-return]
     else:
-        y = torch.ops.mkldnn._convolution_pointwise(x, *options, "none", [], "")
+        y = fused.default(x, *options, "none", [], "")
     return _activate_(y, act, slope)
 
 

@@ -708,9 +708,6 @@ def _in_triton(function: str) -> Callable[..., Any]:
 LAYOUT = "image_layout"
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
-LEAST_LAYOUT = 1 << 16
-"""Fewest elements of an image that we bring into another order."""
-
 
 def _in_order(x: Tensor, channels_last: bool) -> Tensor:
     return x.clone(memory_format=_FORMATS[channels_last])
@@ -723,7 +720,7 @@ LIBRARY.impl(LAYOUT, _in_order, "CompositeExplicitAutograd")
 def in_layout(x: Tensor, channels_last: bool) -> Tensor:
     """x: (N, C, H, W) in channels_last, or contiguous; not differentiable."""
     wanted, other = _FORMATS[channels_last], _FORMATS[not channels_last]
-    plain = x.is_cpu and x.dtype is torch.float32 and x.numel() >= LEAST_LAYOUT
+    plain = x.is_cpu and x.dtype is torch.float32 and x.numel() >= tuning.LEAST_LAYOUT
     if plain and x.is_contiguous(memory_format=other) and not x.is_contiguous(memory_format=wanted):
         return _layout(x, channels_last)  # type: ignore[no-any-return]
     return x.contiguous(memory_format=wanted)

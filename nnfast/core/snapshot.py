@@ -19,21 +19,20 @@ class Snapshot:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
-        self.states = [_state(t) for t in self.sources]
+        # what moves when values change
+        self.states = [(t, t._version, t.data_ptr()) for t in self.sources if t is not None]
         with torch.inference_mode(False), torch.no_grad():
             self.probes = [p for p in map(_probe, self.sources) if p is not None]
 
     def holds(self, sources: Sequence[Source]) -> bool:
         """They are the same tensors, and unchanged."""
-        for now, then, state in zip(sources, self.sources, self.states, strict=True):
-            if now is not then or (now is not None and _state(now) != state):
+        for now, then in zip(sources, self.sources, strict=True):
+            if now is not then:
                 return False
-        return all(read() == then for read, then in self.probes)
-
-
-def _state(source: Source) -> tuple[int, int] | None:
-    """What changes when a tensor's values do."""
-    return None if source is None else (source._version, source.data_ptr())
+        for source, version, pointer in self.states:
+            if source._version != version or source.data_ptr() != pointer:
+                return False
+        return all(read() == values for read, values in self.probes)
 
 
 def _probe(source: Source) -> tuple[Callable[[], object], object] | None:

@@ -209,8 +209,17 @@ def eager(x: object) -> bool:
 
 
 def small(module: nn.Module, x: Tensor) -> bool:
-    """The module trains on so small an image that none of its chains is faster than its own forward."""
-    if not module.training or blocks.observers:
+    """The module trains on so small an image that none of its chains is faster than its own forward.
+
+    Looked at before all else: on small images what is asked costs as much as what is computed.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not module.training
+        or type(x) is not Tensor
+        or x.dim() != 4
+        or blocks.observers
+    ):
         return False
     found: blocks.Extent | None = module.__dict__.get("_nnfast_extent")
     return (found or blocks.extent(module.modules())).small(x)  # a slice of a sequential has none
@@ -224,11 +233,32 @@ def as_written(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any
         return forward(module, x)
 
 
-def run(items: list[Any], x: Any) -> Any:
-    """Call the items one after another, chains among them at once."""
+_OUT_OF_PLACE: dict[type, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys((nn.SiLU, activation.SiLU, activation.Swish), activation.silu),
+    **dict.fromkeys((nn.Mish, activation.Mish), activation.mish),
+}
+"""Activations whose gradient needs their input, which autograd copies before they write to it."""
+
+
+def in_turn(module: nn.Module, x: Any) -> Any:
+    """A sequential's children one after another; what nobody but the next one sees is not overwritten."""
+    unseen = False
+    for child in module._modules.values():
+        act = _OUT_OF_PLACE.get(type(child)) if unseen else None
+        x = child(x) if act is None or not plain(child) else act(x)  # type: ignore[misc, arg-type]
+        unseen = is_norm(child)
+    return x
+
+
+def run(items: list[Any], x: Any, ordinary: bool | None = None) -> Any:
+    """Call the items one after another, chains among them at once.
+
+    ordinary: what `eager` says of x, where that is known.
+    """
     at = 0
     while at < len(items):
-        chain = match(items, at) if eager(x) else None
+        chain = match(items, at) if ordinary or (ordinary is None and eager(x)) else None
+        ordinary = None
         if chain is not None and chain.conv is not None:
             x, at = _run_convolutions(items, at, chain, x)
         elif chain is not None and chain.pays:

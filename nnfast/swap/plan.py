@@ -19,6 +19,7 @@ from .chain import (
     as_written,
     eager,
     flatten,
+    in_turn,
     norm_of,
     plain,
     run,
@@ -185,12 +186,13 @@ class FusedForward(Swapped):
 
         @wraps(forward)
         def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 and not kwargs and eager(args[0]):
+            if len(args) == 1 and not kwargs:
                 if small(self, args[0]):
                     return as_written(self, forward, args[0])
-                plan: Plan = self.__dict__["_nnfast_plan"]
-                if plan.holds(self):
-                    return execute(plan, self, args[0])
+                if eager(args[0]):
+                    plan: Plan = self.__dict__["_nnfast_plan"]
+                    if plan.holds(self):
+                        return execute(plan, self, args[0])
             return forward(self, *args, **kwargs)
 
         return {"forward": fused}
@@ -210,11 +212,11 @@ class FusedSequential(Swapped):
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
-        if eager(input) and small(self, input):  # type: ignore[arg-type]
-            return as_written(self, nn.Sequential.forward, input)  # type: ignore[arg-type]
+        if small(self, input):  # type: ignore[arg-type]
+            return as_written(self, in_turn, input)  # type: ignore[arg-type]
         if not eager(input):
             return super().forward(input)  # type: ignore[misc]
-        return run(self.items(), input)
+        return run(self.items(), input, ordinary=True)
 
     def items(self) -> list[Any]:
         """Its children, and theirs."""

@@ -207,6 +207,7 @@ CHANGES = {
     "training": lambda b: [b.train()(torch.randn(4, 8, 5, 5) * 3), b.eval()],
     "training without the block": lambda b: [b.bn.train()(torch.randn(4, 12, 5, 5) * 3), b.eval()],
     "no bias": lambda b: setattr(b.conv, "bias", None),
+    "dilation": lambda b: [setattr(b.conv, name, (2, 2)) for name in ("dilation", "padding")],
 }
 
 

@@ -382,6 +382,24 @@ def test_hooks_fire(name, kind):
     assert log == [child] * (1 + (name == "relu"))
 
 
+@pytest.mark.parametrize("watched", [None, 1, 2])
+@pytest.mark.parametrize("act", [nn.SiLU, nn.Mish])
+def test_in_place_after_a_batch_norm_in_training(act, watched):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act(inplace=True)).train()
+    swapped = copy.deepcopy(model)
+    nnfast.swap(swapped)
+    seen, results = [], []
+    x = torch.randn(2, 3, 8, 8)
+    for each in (model, swapped):
+        if watched:
+            each[watched].register_forward_hook(lambda _, __, y: seen.append(y))
+        y = each(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(each.parameters()))])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(seen, [found[0] for found in results] if watched else [])
+
+
 def test_hooks_on_everything():
     model, x = residual()
     log = []
