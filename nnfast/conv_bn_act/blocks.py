@@ -853,7 +853,7 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
     ):
         return False
-    stride, weights = 1, []
+    stride, weights, safe = 1, [], True
     for conv, bn, *_ in units:
         if not (fold.plain_conv(conv) and fold.plain_norm(bn)):
             return False
@@ -863,7 +863,11 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
             return False
         stride = max(stride, *conv.stride)
         weights.append(weight)
+        strided = conv.kernel_size == (1, 1) and max(conv.stride) > 1
+        safe = safe and not (strided and weight.shape[1] < _LEAST_STRIDED)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    if differentiates and not safe:
+        return False
     if len(units) == 1:
         ours = _winograd_serves(units[0].conv, x) and not winograd.not_worth(x, weights[0])
         return ours or (differentiates and x.requires_grad and stride > 1)
@@ -873,6 +877,11 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
     ours = ours and not extension.why_not(winograd.NAME, "CPU")
     least = tuning.WINOGRAD_PIXELS if ours else tuning.CHANNELS_LAST_PIXELS
     return x[0, 0].numel() >= least * stride**2
+
+
+_LEAST_STRIDED = 16
+"""Fewest channels of a strided 1x1 convolution whose weight gradient oneDNN finds in channels_last without
+writing past its memory: with torch 2.13 fewer crash."""
 
 
 class _Enter(torch.autograd.Function):
