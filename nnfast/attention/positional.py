@@ -110,6 +110,7 @@ def rotary_embedding(
     """Turn pairs of features by angles that grow with the position: scores then depend on distances alone.
 
     On the CPU this is one pass of our own kernel, a read and a write; under torch.compile torch's operations.
+    Not fused into attention's load, which would turn a key once more for each span of queries that reads it.
 
     Args:
         x: (..., L, D) in a floating-point dtype: queries or keys, as (N, H, L, D).
