@@ -1,6 +1,7 @@
 """Attention as a function against torch's own with the same mask, the plain formula, and torch.compile of it.
 
 On CUDA also our Triton kernels where they are not what serves. Key padding leaves a quarter of the keys out.
+Rotary embedding against transformers' formula, alone and before attention.
 """
 
 from __future__ import annotations
@@ -151,3 +152,117 @@ def test_attention(length, head_dim, kind, direction, device, quick, benchmark, 
         benchmark,
     )
     benchmark.pedantic(functions["nnfast"], args=([q, k, v],), rounds=3, warmup_rounds=1)
+
+
+ROTARY_SHAPES = [(4, 8, 512, 64), (2, 8, 2048, 64), (1, 32, 128, 128)]
+"""Of queries and keys."""
+
+
+def rotary_targets() -> dict[str, float]:
+    """What is promised of queries and keys turned, against the formula as it is and compiled."""
+    return {} if CUDA else {"seed": 2.0, "compile": 1.5}
+
+
+def by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers' models turn: cosines and sines are made once, (L, D)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
+def test_rotary(shape, direction, device, quick, benchmark, record):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    training = direction != "forward"
+    length, head_dim = shape[2:]
+    rope = nnfast.RotaryEmbedding(head_dim, max_length=length).to(device)
+    tables = [torch.cat((t, t), -1).to(DTYPE) for t in rope.table]
+
+    def make() -> list[Tensor]:
+        rows = (torch.randn(shape, device=device).to(DTYPE) for _ in range(2))
+        return [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(training) for x in rows]
+
+    upstream = [torch.randn(shape, device=device).to(DTYPE) for _ in range(2)]
+
+    def seed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return by_hand(q, *tables), by_hand(k, *tables)
+
+    def both(function: Callable[..., tuple[Tensor, ...]]) -> Callable[[list[Tensor]], Any]:
+        def run(inputs: list[Tensor]) -> Any:
+            y = function(*inputs)
+            return torch.autograd.grad(y, inputs, upstream) if training else y
+
+        return run
+
+    functions = {
+        name: both(function)
+        for name, function in {"nnfast": rope, "seed": seed, "compile": torch.compile(seed)}.items()
+    }
+    inputs = make()
+    expected = functions["seed"](inputs)
+    for run in functions.values():
+        for a, b in zip(run(inputs), expected, strict=True):
+            assert_close(a, b, rtol=0, atol=1e-1 if DTYPE.itemsize == 2 else 1e-5)
+    moved = (4 if not training else 8) * inputs[0].numel() * DTYPE.itemsize
+    record(
+        Result(
+            family="attention",
+            op="rotary",
+            case=f"rotary {direction} {' x '.join(map(str, shape))}",
+            direction=direction,
+            dtype=str(DTYPE).removeprefix("torch."),
+            numel=inputs[0].numel(),
+            backend=nnfast.explain(rope, *inputs).backend or "",
+            seconds=compare(functions, rotation(make, moved, device), device, 1.0 if quick else 3.0),
+            bytes=moved,
+            flops=6 * inputs[0].numel() * (2 if training else 1),
+            targets=rotary_targets(),
+        ),
+        benchmark,
+    )
+    benchmark.pedantic(functions["nnfast"], args=(inputs,), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
+def test_rotary_and_attention(shape, device, quick, benchmark, record):
+    """What turning queries and keys adds to "attention" alone: more than fusing the two can save."""
+    torch.manual_seed(0)
+    rope = nnfast.RotaryEmbedding(shape[3], max_length=shape[2]).to(device)
+    tables = [torch.cat((t, t), -1).to(DTYPE) for t in rope.table]
+
+    def make() -> list[Tensor]:
+        rows = (torch.randn(shape, device=device).to(DTYPE) for _ in range(3))
+        return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in rows]
+
+    attention = nnfast.functional.attention
+    functions = {
+        "nnfast": lambda qkv: attention(*rope(*qkv[:2]), qkv[2]),
+        "attention": lambda qkv: attention(*qkv),
+        "torch": lambda qkv: F.scaled_dot_product_attention(*(by_hand(x, *tables) for x in qkv[:2]), qkv[2]),
+    }
+    inputs = make()
+    assert_close(
+        functions["nnfast"](inputs),
+        functions["torch"](inputs),
+        rtol=0,
+        atol=1e-1 if DTYPE.itemsize == 2 else 1e-4,
+    )
+    moved = 4 * inputs[0].numel() * DTYPE.itemsize
+    record(
+        Result(
+            family="attention",
+            op="rotary",
+            case=f"rotary + attention forward {' x '.join(map(str, shape))}",
+            direction="forward",
+            dtype=str(DTYPE).removeprefix("torch."),
+            numel=inputs[0].numel(),
+            backend=nnfast.explain("attention", *inputs).backend or "",
+            seconds=compare(functions, rotation(make, moved, device), device, 1.0 if quick else 3.0),
+            bytes=moved,
+            flops=flops(inputs[0], "plain", False),
+            targets={} if CUDA else {"torch": 1.0},
+        ),
+        benchmark,
+    )
+    benchmark.pedantic(functions["nnfast"], args=(inputs,), rounds=3, warmup_rounds=1)

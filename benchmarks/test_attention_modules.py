@@ -1,7 +1,11 @@
-"""SelfAttention against the seed's formulation, and MultiheadAttention against torch's, both ways."""
+"""SelfAttention against the seed's formulation, and MultiheadAttention against torch's, both ways.
+
+And TransformerEncoderLayer's inference against torch's, which is one fused operation.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +174,46 @@ def test_multihead(size, direction, batch_first, device, quick, benchmark, recor
             bytes=moved,
             flops=flops(size, training, 4),
             targets=multihead_targets(size),
+        ),
+        benchmark,
+    )
+    benchmark.pedantic(functions["nnfast"], args=(x,), rounds=5, warmup_rounds=1)
+
+
+FEED_FORWARD = 2048
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_encoder_layer(size, padded, device, quick, benchmark, record):
+    """Key padding leaves a quarter of the keys out."""
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(EMBED, HEADS, FEED_FORWARD, batch_first=True).to(device, DTYPE).eval()
+    ours = copy.deepcopy(theirs)
+    nnfast.swap(ours)
+    n, length = size
+    padding = (torch.arange(length, device=device) >= length * 3 // 4).expand(size) if padded else None
+
+    def call(m: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: m(x, src_key_padding_mask=padding)
+
+    functions = {name: both(call(m), [], False) for name, m in {"nnfast": ours, "torch": theirs}.items()}
+    seconds, x, moved = measure(functions, (*size, EMBED), False, device, quick, "torch")
+    with torch.no_grad():
+        backend = nnfast.explain(ours, x, None, padding).backend or ""
+    record(
+        Result(
+            family="attention",
+            op="encoder_layer",
+            case=f"TransformerEncoderLayer inference {n}x{length} {'padded' if padded else 'plain'}",
+            direction="forward",
+            dtype=str(DTYPE).removeprefix("torch."),
+            numel=x.numel(),
+            backend=backend,
+            seconds=seconds,
+            bytes=moved,
+            flops=flops(size, False, 4) + 2 * 2 * n * length * EMBED * FEED_FORWARD,
+            targets={} if CUDA else {"torch": 1 / 1.05},
         ),
         benchmark,
     )

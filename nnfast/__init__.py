@@ -2,6 +2,7 @@
 
 from . import functional
 from .activation.module import Mish, SiLU, Swish
+from .attention.encoder import TransformerEncoderLayer
 from .attention.multihead import MultiheadAttention
 from .attention.positional import RotaryEmbedding, SinusoidalPositionalEncoding
 from .attention.self_attention import SelfAttention
@@ -34,6 +35,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SinusoidalPositionalEncoding",
     "Swish",
+    "TransformerEncoderLayer",
     "backend",
     "class_balanced_alpha",
     "convert_sync_batchnorm",

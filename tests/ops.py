@@ -572,6 +572,61 @@ _ATTENTION = Case(
     shaped=lambda x: x[: len(x) // 8192 * 8192].view(-1, 128, 64),
 )
 
+
+def _rotary(variant: str, interleaved: bool) -> Case:
+    def width(x: Tensor) -> int:
+        """All features by halves, half of them by neighbours."""
+        return x.shape[-1] // 2 if interleaved and x.shape[-1] % 4 == 0 else x.shape[-1]
+
+    def by_hand(x: Tensor) -> Tensor:
+        """As transformers' models do it: x * cos + rotate_half(x) * sin, in x's type; joined in a wide one,
+        since autocast joins no float16 on the CPU."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        steps = torch.arange(0, width(x), 2, device=x.device, dtype=wide)
+        angles = torch.arange(x.shape[-2], device=x.device, dtype=wide)[:, None] * 10000 ** (
+            -steps / width(x)
+        )
+        angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+        turning, rest = x[..., : width(x)], x[..., width(x) :]
+        if interleaved:
+            half = torch.stack((-turning[..., 1::2].to(wide), turning[..., ::2].to(wide)), -1).flatten(-2)
+        else:
+            a, b = turning.to(wide).chunk(2, -1)
+            half = torch.cat((-b, a), -1)
+        turned = turning * angles.cos().to(x.dtype) + half.to(x.dtype) * angles.sin().to(x.dtype)
+        return torch.cat((turned.to(wide), rest.to(wide)), -1).to(x.dtype)
+
+    def ours(x: Tensor) -> Tensor:
+        return nnfast.functional.rotary_embedding(x, rotary_dim=width(x), interleaved=interleaved)
+
+    def operands(x: Tensor) -> tuple[Any, ...]:
+        x = x.reshape((1,) * (4 - x.dim()) + x.shape) if x.dim() < 4 else x
+        angles = torch.rand(x.shape[0], 1, x.shape[2], x.shape[3] // 2, device=x.device)
+        return x, angles.cos(), angles.sin(), interleaved
+
+    return Case(
+        name="rotary",
+        variant=variant,
+        ours=ours,
+        torchs=by_hand,
+        module=nnfast.RotaryEmbedding,
+        torch_module=torch.nn.Identity,
+        seed=by_hand,
+        truth=by_hand,
+        operators={"rotary": operands},
+        samples=(
+            Sample("body", lambda: torch.randn(7, 11, 24)),
+            Sample("heads", lambda: torch.randn(2, 3, 33, 16)),
+            Sample("a long one", lambda: torch.randn(3000, 4)),
+        ),
+        example=Sample("small", lambda: torch.randn(3, 4)),
+        family="attention",
+        shaped=lambda x: x[: len(x) // 8192 * 8192].view(-1, 128, 64),
+    )
+
+
+_ROTARY = (_rotary("halves", interleaved=False), _rotary("neighbours", interleaved=True))
+
 TABLE = (
     _activation("silu", nnfast.SiLU, torch.nn.SiLU, _seed_silu, {"forward": 4, "backward": 8}),
     _activation("mish", nnfast.Mish, torch.nn.Mish, _seed_mish, {"forward": 8, "backward": 14}),
@@ -579,4 +634,5 @@ TABLE = (
     *_BATCH_NORM,
     *_CONVOLUTION,
     _ATTENTION,
+    *_ROTARY,
 )

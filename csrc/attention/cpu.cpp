@@ -11,12 +11,13 @@ namespace nnfast::cpu {
 
 constexpr int64_t span = 4 * query_block;  // queries that share what is packed of the keys, at most
 
-// out: (N, Lq, H, Dv) without gaps. begin, end: spans of queries of a head
+// out: strides of (N, H, Lq), features side by side. begin, end: spans of queries of a head
 template <class T>
 struct Forward {
   Attention<T> p;
   int64_t queries_each;
   T *out, *lse;
+  Operand<T> of_out;
 
   NNFAST_INLINE int64_t spans() const { return (p.queries + queries_each - 1) / queries_each; }
 
@@ -68,8 +69,8 @@ struct Forward {
       }
     }
     finish<bytes>(queries, most, sum);
-    T* to = this->out + ((n * p.queries + first) * p.heads + h) * p.values;
-    for (int64_t i = 0; i < queries; ++i, to += p.heads * p.values)
+    T* to = this->out + n * of_out.n + h * of_out.h + first * of_out.l;
+    for (int64_t i = 0; i < queries; ++i, to += of_out.l)
       for (int64_t d = 0; d < p.values; ++d) to[d] = out[i * width + d] * sum[i];
     std::copy_n(most, queries, lse + (n * p.heads + h) * p.queries + first);
   }
@@ -441,8 +442,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     using T = decltype(element);
     const auto p = arguments<T>(forward_name, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale,
                                 softcap, left, right, dropout_p);
-    const int64_t row = p.heads * p.values;
-    Tensor out = new_strided(q, {p.batch, p.heads, p.queries, p.values}, {p.queries * row, p.values, row, 1});
+    const int64_t row = p.heads * p.values;  // of one place, whichever of batch and length comes first
+    const bool length_first = q.stride(0) < q.stride(2);
+    Tensor out =
+        new_strided(q, {p.batch, p.heads, p.queries, p.values},
+                    {length_first ? row : p.queries * row, p.values, length_first ? p.batch * row : row, 1});
     Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries});
     expect_writes(out.mutable_data_ptr(), out.numel() * sizeof(T));
     const int64_t heads = p.batch * p.heads, blocks = (p.queries + query_block - 1) / query_block;
@@ -451,7 +455,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     while (each > 1 && heads * ((blocks + each - 1) / each) < 2 * int64_t(torch::stable::get_num_threads()))
       --each;
     const Forward<T> loop{p, each * query_block, static_cast<T*>(out.mutable_data_ptr()),
-                          static_cast<T*>(lse.mutable_data_ptr())};
+                          static_cast<T*>(lse.mutable_data_ptr()), operand<T>(out)};
     parallel(heads * loop.spans(), 1, loop);
     return std::make_tuple(out, lse);
   });

@@ -154,7 +154,7 @@ struct Philox {
   }
 };
 
-// e^x for x <= 0, 0 where it is no normal number: making a denormal takes a hundred cycles.
+// e^x for x <= 0, 0 where it is no normal number: processors are slow at denormals.
 template <class V>
 NNFAST_INLINE V decayed(V x) {
   using T = typename Lanes<V>::Element;

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.operator import attention_out
 from . import reference
 from .reference import Place, Terms, wide
 
@@ -103,11 +104,11 @@ _flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """Out, in memory (N, Lq, H, Dv), and log-sum-exp; rest: `Terms`."""
+    """Out, in memory (N, Lq, H, Dv) or (Lq, N, H, Dv), and log-sum-exp; rest: `Terms`."""
     terms = Terms(*rest)  # type: ignore[arg-type]
     n, h, queries, _ = q.shape
     values = v.shape[3]
-    out = q.new_empty(n, queries, h, values).transpose(1, 2)
+    out = attention_out(q, values)
     lse = wide(q.new_empty(0)).new_empty(n, h, queries)
     by_flash = _by_flash(q, k, terms)
     if by_flash:

@@ -5,6 +5,8 @@ and of a whole grad_bias has a block of queries and goes over the keys these see
 a block of keys and goes over the queries that see these. Blocks that all see whole, without a test of places,
 are apart from those at an edge. Scores of half types carry log2(e), so that exp2 serves; others do not, since
 rounding both a score and lse so would show in their difference.
+
+Rotary embedding (Su et al. 2021, arXiv:2104.09864) has a kernel of its own, the last one here.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.operator import attention_out
 from ..core.triton import TensorDescriptor, architecture, one_minus_exp, tl, triton, wide
-from ..core.tuning import AttentionConfig, attention_config
+from ..core.tuning import AttentionConfig, attention_config, rotary_config
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 1024
@@ -1084,9 +1087,9 @@ def _tf32(q: Tensor) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
-    """out: (N, H, Lq, Dv), laid out as (N, Lq, H, Dv), and lse: (N, H, Lq); terms as in reference.Terms."""
+    """out: (N, H, Lq, Dv), and lse: (N, H, Lq); terms as in reference.Terms."""
     call = _Call(q, k, v, *terms)
-    out = q.new_empty(call.n, call.queries, call.heads, v.shape[3]).transpose(1, 2)
+    out = attention_out(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     with torch.accelerator.device_index(q.device.index):
         call.launch(forward_kernel, out, *out.stride()[:3], lse, RAW=call.raw)
@@ -1158,3 +1161,88 @@ def _broadcast_bias(call: _Call, bias: Tensor, grad_bias: Tensor, rows: tuple[An
     arguments = (call.q, call.k, call.v, *rows, partial, n, h, m, k, *shared, repeats)
     call.run(grad_bias_kernel, parts * tiles, config, *arguments)
     grad_bias.copy_(partial.sum(0))
+
+
+# --- rotary embedding ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rotary_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    rows,
+    second,
+    third,
+    x_first,
+    x_second,
+    x_third,
+    y_first,
+    y_second,
+    y_third,
+    cos_first,
+    cos_second,
+    cos_third,
+    sin_first,
+    sin_second,
+    sin_third,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """y = x turned by pairs, of which a row has HALF, and its last REST features as they are.
+
+    x, y: (rows / second / third, second, third, 2 HALF + REST); cos, sin: likewise with HALF, or stride 0.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i, j, k = row // third // second, row // third % second, row % third
+    there = row < rows
+    angle = tl.arange(0, BLOCK)[None, :]
+    some = there & (angle < HALF) if HALF < BLOCK else there
+    cos = tl.load(cos_ptr + (i * cos_first + j * cos_second + k * cos_third + angle), mask=some)
+    sin = tl.load(sin_ptr + (i * sin_first + j * sin_second + k * sin_third + angle), mask=some)
+    from_x = i * x_first + j * x_second + k * x_third
+    to_y = i * y_first + j * y_second + k * y_third
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * BLOCK)[None, :]
+        both = there & (d < 2 * HALF) if HALF < BLOCK else there
+        x = wide(tl.load(x_ptr + (from_x + d), mask=both))
+        a, b = tl.split(x.reshape([ROWS, BLOCK, 2]))
+        y = tl.join(a * cos - b * sin, b * cos + a * sin).reshape([ROWS, 2 * BLOCK])
+        tl.store(y_ptr + (to_y + d), y.to(y_ptr.dtype.element_ty), mask=both)
+    else:
+        a = wide(tl.load(x_ptr + (from_x + angle), mask=some))
+        b = wide(tl.load(x_ptr + (from_x + (angle + HALF)), mask=some))
+        tl.store(y_ptr + (to_y + angle), (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=some)
+        tl.store(y_ptr + (to_y + (angle + HALF)), (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=some)
+    if REST:
+        d = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        kept = there & (d < 2 * HALF + REST)
+        tl.store(y_ptr + (to_y + d), tl.load(x_ptr + (from_x + d), mask=kept), mask=kept)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x: (N, H, L, D), its first 2 R features turned; cos, sin: (N, H, L, R), or 1 for N, H, L."""
+    y = torch.empty_like(x)
+    if y.stride(3) != 1:
+        return y.copy_(rotary(x.contiguous(), cos, sin, interleaved))
+    x, cos, sin = (_innermost(t) for t in (x, cos, sin))
+    rows = y.shape[:3].numel()
+    if not y.numel():
+        return y
+    half = cos.shape[3]
+    rest = x.shape[3] - 2 * half
+    order = sorted(range(3), key=lambda i: -y.stride()[i])  # as rows lie in memory
+    strides = [t.stride(i) if t.shape[i] > 1 else 0 for t in (x, y, cos, sin) for i in order]
+    config = rotary_config(half, x.element_size())
+    with torch.accelerator.device_index(x.device.index):
+        rotary_kernel[(triton.cdiv(rows, config.rows),)](
+            x, cos, sin, y, rows, y.shape[order[1]], y.shape[order[2]], *strides,
+            HALF=half, REST=rest, INTERLEAVED=interleaved, ROWS=config.rows, BLOCK=config.block,
+            BLOCK_REST=triton.next_power_of_2(max(rest, 1)), num_warps=config.num_warps,
+        )  # fmt: skip
+    return y

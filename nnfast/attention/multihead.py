@@ -85,7 +85,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v, options = _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         out: Tensor = attention(q, k, v, **options)
         batched = query.dim() == 3
-        # (N, H, Lq, D), of which (N, Lq, H, D) is contiguous
+        # (N, H, Lq, D), whose rows of all heads have no gaps where our kernels made it
         out = out.transpose(1, 2) if self.batch_first or not batched else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return (out if batched else out.squeeze(0)), None

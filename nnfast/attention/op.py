@@ -7,8 +7,9 @@ expanded:
     nnfast::attention_backward(grad_out, grad_lse, q, k, v, mask, key_padding, bias, alibi_slopes, seed,
         out, lse, *options, bias_grad) -> (grad_q, grad_k, grad_v, grad_bias)
 
-out is laid out as (N, Lq, H, Dv), gradients as `torch.empty_like` lays them out; grad_bias is empty unless
-bias_grad. `ATTENTION`, which chooses among the backends, is differentiable in q, k, v and bias.
+out is laid out as `core.operator.attention_out` says, gradients as `torch.empty_like` lays them out;
+grad_bias is empty unless bias_grad. `ATTENTION`, which chooses among the backends, is differentiable in q, k,
+v and bias.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     DTYPES,
     LIBRARY,
+    attention_out,
     compute_dtype,
     define,
     implement,
@@ -45,10 +47,7 @@ _TENSORS = 5
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    n, h, queries, _d = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty(n, queries, h, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty((n, h, queries), dtype=dtype)
+    return attention_out(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
 
 
 def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -255,7 +254,9 @@ def arguments(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
-    """The operation's arguments from the function's, checked."""
+    """The operation's arguments from the function's, checked, and as autocast has them."""
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _cast(q, k, v)
     _check_heads(q, k, v)
     shape = (*q.shape[:3], k.shape[2])
     mask = _four("mask", mask, shape, q)
@@ -406,7 +407,7 @@ def attention(
     """Check the arguments and let the chosen backend run.
 
     On the CPU calls without masks are decided at once; `ATTENTION.explain` gives the same answer with its
-    reasons.
+    reasons, as a test holds.
     """
     if (
         mask is None
@@ -415,7 +416,7 @@ def attention(
         and window is None
         and alibi_slopes is None
         and not (dropout_p or softcap or return_lse)
-        and (type(q) is Tensor or is_compiling())
+        and (type(q) is type(k) is type(v) is Tensor or is_compiling())
         and _is_plain(q, k, v)
     ):
         if _is_plain_for_cpu(q, k, v):
@@ -423,8 +424,6 @@ def attention(
             terms = Terms(is_causal=bool(is_causal), scale=float(scale))
             return CPU(q, k, v, terms, False)[0]
         return sdpa.plain(q, k, v, None, is_causal, scale)
-    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        q, k, v = _cast(q, k, v)
     q, k, v, terms, return_lse = arguments(
         q,
         k,
@@ -470,7 +469,7 @@ def is_for_cpu(q: Tensor, queries: int) -> bool:
         and queries >= tuning.ATTENTION_QUERIES
         and _IN_CPU
         and q.dtype in _CPU_DTYPES
-        and not torch.is_autocast_enabled("cpu")
+        and (q.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"))
     )
 
 
@@ -481,8 +480,6 @@ def _is_plain_for_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
         n * h * queries * queries >= tuning.ATTENTION_SCORES
         and is_for_cpu(q, queries)
         and q.dtype == k.dtype == v.dtype
-        and type(k) is Tensor
-        and type(v) is Tensor
         and k.is_cpu
         and v.is_cpu
         and q.layout is k.layout is v.layout is torch.strided

@@ -2,7 +2,7 @@
 
 Sinusoids: PE[p, 2i] = sin(p / base^(2i / E)), PE[p, 2i + 1] = cos(p / base^(2i / E)); Vaswani et al. 2017,
 arXiv:1706.03762, section 3.5. Rotations: features i and i + D/2, or 2i and 2i + 1, turn by p / base^(2i / D);
-Su et al. 2021, arXiv:2104.09864, section 3.2. The gradient of a rotation is the rotation backwards.
+Su et al. 2021, arXiv:2104.09864, section 3.2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..core.op import Explanation
+from .rotary import ROTARY
 
 
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:
@@ -63,10 +66,10 @@ class SinusoidalPositionalEncoding(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(like.dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Moved to another type the table is made anew, not rounded twice."""
-        before = self.table.dtype
+        """Moved, the table is made anew: not rounded twice, and not left empty by what moves no values."""
+        before = self.table
         moved = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.table.dtype != before:
+        if self.table is not before:
             self.table = self._rows(len(self.table), self.table)
         return moved
 
@@ -96,37 +99,6 @@ class SinusoidalPositionalEncoding(nn.Module):
         return f"embed_size={self.embed_size}, base={self.base:g}, batch_first={self.batch_first}"
 
 
-class _Rotate(torch.autograd.Function):
-    """(..., L, D) turned; saves the angles' cosines and sines alone."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        return _rotated(x, cos, sin, interleaved)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, cos, sin, ctx.interleaved = inputs
-        ctx.save_for_backward(cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, -sin, ctx.interleaved), None, None, None  # type: ignore[no-untyped-call]
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Half types turn in float32."""
-    width = 2 * cos.shape[-1]
-    turned = x[..., :width].to(cos.dtype)
-    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    turned = turned.to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), -1)
-
-
 def rotary_embedding(
     x: Tensor,
     positions: Tensor | None = None,
@@ -137,6 +109,9 @@ def rotary_embedding(
 ) -> Tensor:
     """Turn pairs of features by angles that grow with the position: scores then depend on distances alone.
 
+    On the CPU this is one pass of our own kernel, a read and a write; under torch.compile torch's operations.
+    Not fused into attention's load, which would turn a key once more for each span of queries that reads it.
+
     Args:
         x: (..., L, D) in a floating-point dtype: queries or keys, as (N, H, L, D).
         positions: integers or floats, broadcastable to (..., L); 0 to L - 1 if None.
@@ -145,28 +120,53 @@ def rotary_embedding(
         interleaved: pairs are features 2i and 2i + 1; else i and i + rotary_dim / 2, as in Llama.
 
     Returns:
-        x's shape and dtype.
+        x's shape and dtype. Differentiable in x.
 
     Raises:
         TypeError: if x is not floating-point.
         ValueError: for an odd or too large rotary_dim, or positions that do not fit.
+        BackendError: if a forced backend cannot serve.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.
     """
+    y: Tensor = ROTARY(*_arguments(x, positions, base=base, rotary_dim=rotary_dim, interleaved=interleaved))
+    return y
+
+
+rotary_embedding.nnfast_op = "rotary"  # type: ignore[attr-defined]  # what `nnfast.explain` looks up
+
+
+def _arguments(
+    x: Tensor,
+    positions: Tensor | None = None,
+    *,
+    base: float = 10000.0,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The operation's arguments from the function's, checked."""
     name = "nnfast.rotary_embedding"
     width = _check_rotary(name, x, rotary_dim)
     if positions is None:
         positions = torch.arange(x.shape[-2], device=x.device)
     else:
         _check_positions(name, x, positions)
-    return _turn(x, _angles(positions, width, base), interleaved)
+    cos, sin = _turns(positions, width, base, _wide(x.dtype))
+    return x, cos, sin, interleaved
 
 
-def _turn(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    y: Tensor = _Rotate.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
-    return y
+ROTARY.arguments = _arguments
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of this dtype turns in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _turns(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines: (..., width / 2)."""
+    angles = _angles(positions, width, base)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _check_rotary(name: str, x: Tensor, rotary_dim: int | None) -> int:
@@ -189,19 +189,26 @@ def _check_positions(name: str, x: Tensor, positions: Tensor) -> None:
 
 
 class RotaryEmbedding(nn.Module):
-    """`nnfast.functional.rotary_embedding` of queries and keys. No parameters, and nothing in the state_dict.
+    """`nnfast.functional.rotary_embedding` of queries and keys.
+
+    No parameters, and nothing in the state_dict: cosines and sines of the first places are kept in a table
+    that moves with the module, in float32 or float64.
 
     Args:
         head_dim: D.
         base: of the wavelengths.
         rotary_dim: how many of the first features turn, even; all if None.
         interleaved: pairs are features 2i and 2i + 1.
+        max_length: places of the table at first; longer inputs make it grow.
 
     Raises:
         ValueError: for an odd or too large rotary_dim.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.
     """
+
+    nnfast_op = "rotary"
+    table: Tensor
 
     def __init__(
         self,
@@ -210,30 +217,61 @@ class RotaryEmbedding(nn.Module):
         *,
         rotary_dim: int | None = None,
         interleaved: bool = False,
+        max_length: int = 1024,
     ) -> None:
         super().__init__()
         self.head_dim, self.base, self.interleaved = head_dim, base, interleaved
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        _check_rotary("nnfast.RotaryEmbedding", torch.empty(1, head_dim, device="meta"), rotary_dim)
+        _check_rotary(_NAME, torch.empty(1, head_dim, device="meta"), rotary_dim)
+        self.register_buffer("table", self._turns(max_length, torch.empty(0)), persistent=False)
+
+    def _turns(self, length: int, like: Tensor) -> Tensor:
+        """Cosines and sines: (2, length, rotary_dim / 2)."""
+        with torch.inference_mode(False):  # autograd saves them
+            positions = torch.arange(length, device=like.device)
+            return torch.stack(_turns(positions, self.rotary_dim, self.base, _wide(like.dtype)))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moved, the table is made anew, as above, and never in half types."""
+        before = self.table
+        moved = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.table is not before:
+            self.table = self._turns(self.table.shape[1], self.table)
+        return moved
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """q: (N, H, Lq, D), k: (N, Hk, Lk, D), turned; positions: of both, as `rotary_embedding` takes them.
 
         Raises:
-            ValueError: for another head dim.
+            TypeError: if q or k is not floating-point.
+            ValueError: for another head dim, or positions that do not fit.
+            BackendError: if a forced backend cannot serve.
         """
         for name, x in (("q", q), ("k", k)):
             if x.shape[-1] != self.head_dim:
-                raise ValueError(
-                    f"nnfast.RotaryEmbedding: {name} has shape {list(x.shape)}; head_dim is {self.head_dim}"
-                )
-        q, k = (
-            rotary_embedding(
-                x, positions, base=self.base, rotary_dim=self.rotary_dim, interleaved=self.interleaved
-            )
-            for x in (q, k)
-        )
-        return q, k
+                raise ValueError(f"{_NAME}: {name} has shape {list(x.shape)}; head_dim is {self.head_dim}")
+            _check_rotary(_NAME, x, self.rotary_dim)
+            if positions is not None:
+                _check_positions(_NAME, x, positions)
+        of_q = self._cos_sin(q, positions)
+        alike = (q.dtype, q.device, q.shape[-2]) == (k.dtype, k.device, k.shape[-2])
+        of_k = of_q if alike else self._cos_sin(k, positions)
+        return ROTARY(q, *of_q, self.interleaved), ROTARY(k, *of_k, self.interleaved)
+
+    def _cos_sin(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        if positions is not None:
+            return _turns(positions, self.rotary_dim, self.base, _wide(x.dtype))
+        table, length = self.table, x.shape[-2]
+        if length > table.shape[1] or (table.dtype, table.device) != (_wide(x.dtype), x.device):
+            table = self._turns(max(length, table.shape[1]), x)
+            if type(table) is Tensor and not torch.compiler.is_compiling():
+                self.table = table
+        cos, sin = table[:, :length]
+        return cos, sin
+
+    def explain(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Explanation:
+        """What `nnfast.explain` says of a call: of its queries."""
+        return ROTARY.explain(q, *self._cos_sin(q, positions), self.interleaved)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -241,3 +279,6 @@ class RotaryEmbedding(nn.Module):
             f"{self.head_dim}, base={self.base:g}, rotary_dim={self.rotary_dim}, "
             f"interleaved={self.interleaved}"
         )
+
+
+_NAME = "nnfast.RotaryEmbedding"

@@ -8,6 +8,9 @@ Press et al. 2021 (arXiv:2108.12409). A query that sees no key gives 0, and lse 
 
 q: (N, H, Lq, D), k: (N, Hk, Lk, D), v: (N, Hk, Lk, Dv); query head h reads key head h // (H // Hk).
 Half types are computed in float32.
+
+Rotary embedding: a pair (a, b) of features becomes (a cos - b sin, b cos + a sin); Su et al. 2021
+(arXiv:2104.09864).
 """
 
 from __future__ import annotations
@@ -230,3 +233,19 @@ def attention_backward(
     grad_q = (grad_s @ _for_query_heads(k, q) * terms.scale).to(q.dtype)
     grad_k = grad_s.mT @ (wide(q) * terms.scale)
     return grad_q, _for_key_heads(grad_k, k), _for_key_heads(grad_v, v), grad_bias
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x: (..., L, D), its first 2 R features turned; cos, sin: broadcastable to (..., L, R).
+
+    Pairs are features 2i and 2i + 1 if interleaved, else i and i + R.
+    """
+    width = 2 * cos.shape[-1]
+    all_turn = width == x.shape[-1]
+    turned = wide(x if all_turn else x[..., :width])
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((a, b), -1).reshape(*x.shape[:-1], width) if interleaved else torch.cat((a, b), -1)
+    if not all_turn:
+        turned = torch.cat((turned, wide(x[..., width:])), -1)  # autocast joins no float16 on the CPU
+    return turned.to(x.dtype)

@@ -57,6 +57,17 @@ def convolved_size(size: Sequence[Any], weight: Sequence[Any], stride: Any, padd
     return [size[0], weight[0], *pixels]
 
 
+def attention_out(q: Tensor, values: int) -> Tensor:
+    """Room for attention's result (N, H, Lq, Dv), in the order (N, Lq, H, Dv), or (Lq, N, H, Dv) if q's is.
+
+    What projects it then reads rows without a copy, whichever of the two its own rows are.
+    """
+    n, h, queries, _ = q.shape
+    if q.stride(0) < q.stride(2):
+        return q.new_empty(queries, n, h, values).permute(1, 2, 0, 3)
+    return q.new_empty(n, queries, h, values).transpose(1, 2)
+
+
 def channels_innermost(x: Tensor) -> bool:
     """Of dense x: (N, C, *spatial): memory rows are (N * S, C), not (N * C, S)."""
     return x.shape[2:].numel() == 1 or not x.is_contiguous()

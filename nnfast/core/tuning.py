@@ -27,6 +27,7 @@ THRESHOLDS: dict[tuple[str, str], Threshold] = {
     # logits, at 2 to 32000 classes; no fewer were measured
     ("softmax_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
     ("sigmoid_focal_loss", "cpu"): Threshold(no_grad=1 << 6, grad=1 << 6),
+    ("rotary", "cpu"): Threshold(no_grad=1, grad=1),
 }
 
 
@@ -127,6 +128,12 @@ def norm_rows_config(length: int, element_size: int, heavy: bool = False) -> Row
     if element_size < 8:
         return config
     return replace(config, block=min(config.block, 256) if heavy else config.block, num_warps=8)
+
+
+def rotary_config(pairs: int, element_size: int) -> RowsConfig:
+    """For rotary embedding, of rows with so many pairs: two tiles of them, 16 bytes a thread of each."""
+    block = _power_of_2(pairs)
+    return RowsConfig(max(4 * 32 * 16 // element_size // block, 1), block, 4)
 
 
 def strided_rows_config(length: int, element_size: int) -> RowsConfig:
@@ -288,6 +295,12 @@ MULTIHEAD_ELEMENTS = 1 << 18
 MULTIHEAD_FASTPATH_LENGTH = 192
 """Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU, where our
 kernels do not serve."""
+
+ENCODER_LENGTH = 384
+"""Least length for which an encoder layer's inference in parts, on our CPU kernels, beats torch's fused."""
+
+ENCODER_LENGTH_MASKED = 192
+"""The same with a mask or padding."""
 
 MULTIHEAD_DROPOUT_WEIGHTS = 1 << 28
 """Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU,

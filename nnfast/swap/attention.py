@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import op
+from ..attention.encoder import TransformerEncoderLayer
 from ..attention.module import attention
 from ..attention.multihead import MultiheadAttention
 from ..attention.self_attention import SelfAttention
@@ -44,11 +45,13 @@ def multihead(module: nn.Module) -> list[Proposal]:
 
 
 def encoder_layer(module: nn.Module) -> list[Proposal]:
-    """nn.TransformerEncoderLayer, whose self_attn alone is replaced."""
-    if type(module) is not nn.TransformerEncoderLayer:
+    """nn.TransformerEncoderLayer, whose fused path passes its self_attn by."""
+    cls = type(module)
+    if cls is not nn.TransformerEncoderLayer:
         return []
-    reason = "its fused path, in eval mode without gradients, is torch's and passes its self_attn by"
-    return [Proposal(public_name(type(module)), reasons=(reason,))]
+    new = {"__class__": TransformerEncoderLayer}
+    reasons = tuple(instance_reasons(module))
+    return [Proposal(public_name(cls), public_name(TransformerEncoderLayer), new, reasons)]
 
 
 def scaled_dot_product_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -10,10 +11,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import nnfast
 from nnfast.attention import chunked, op, reference
+from nnfast.core import tuning
 from tests.attention.calls import (
     CALLS,
     SMALL,
@@ -621,3 +624,62 @@ def test_opinfo(backend):
     for of_one in zip(*errors, strict=True):
         mine, theirs = (max(some) for some in zip(*of_one, strict=True))
         assert mine <= 2 * theirs + torch.finfo(torch.float32).eps
+
+
+class Marked(torch.Tensor):
+    """A subclass."""
+
+
+TURNS = {
+    "as it is": lambda x: x,
+    "double": torch.Tensor.double,
+    "bfloat16": torch.Tensor.bfloat16,
+    "int": torch.Tensor.int,
+    "meta": lambda x: x.to("meta"),
+    "parameter": torch.nn.Parameter,
+    "subclass": lambda x: x.as_subclass(Marked),
+    "requires grad": lambda x: x.clone().requires_grad_(),
+    "turned": lambda x: x.mT.contiguous().mT,
+    "one head": lambda x: x[:, :1],
+    "shorter": lambda x: x[:, :, :-1],
+    "narrower": lambda x: x[..., :-1],
+    "matrices": lambda x: x[0],
+    "none": lambda x: x[:0],
+}
+AROUND = {
+    "nothing": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "forced": lambda: nnfast.backend("reference"),
+    "dual level": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("turn", TURNS)
+def test_what_is_decided_at_once_is_what_the_reasons_say(turn, around):
+    """Quick answers of the hot path are those of `why_not` and `not_worth`, on both sides of each limit."""
+    decided = set()
+    for n, h, length, head in itertools.product((1, 2), (1, 4), (1, 31, 32, 33, 64, 128), (8, 256, 257)):
+        x = torch.zeros(n, h, length, head)
+        for places in ((0, 1, 2), (0,), (1,), (2,)):
+            q, k, v = (TURNS[turn](x) if i in places else x for i in range(3))
+            with AROUND[around]():
+                quick = None
+                if type(q) is type(k) is type(v) is torch.Tensor and op._is_plain(q, k, v):
+                    quick = "cpu" if op._is_plain_for_cpu(q, k, v) else "aten"
+                decided.add(quick)
+                try:
+                    arguments = op.arguments(q, k, v)
+                except (TypeError, ValueError, AttributeError):
+                    assert quick != "cpu", (x.shape, places)  # torch refuses it
+                    continue
+                served = op.ATTENTION.explain(*arguments).backend
+            assert quick in (None, served), (x.shape, places)
+            if around != "forced" and arguments[0].is_cpu and length < tuning.ATTENTION_QUERIES:
+                assert served == "aten", (x.shape, places)
+            if type(q) is type(k) is type(v) is torch.Tensor:  # a parameter is checked one reason at a time
+                op._check_heads(*(torch.nn.Parameter(x.detach(), requires_grad=False) for x in arguments[:3]))
+    if turn == "as it is":
+        ours_serve = op._IN_CPU and around in ("nothing", "no_grad")
+        assert ("cpu" in decided) == ours_serve

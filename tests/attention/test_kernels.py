@@ -229,6 +229,20 @@ def test_views(device, in_kernels):
                 assert torch.equal(a, b), what
 
 
+def test_out_lies_as_the_queries_do(device, in_kernels):
+    """Rows of all heads have no gaps: (N, Lq, H, Dv), or (Lq, N, H, Dv) for queries of that order."""
+    q, k, v = (x.to(torch.float32) for x in heads(Shape(2, 4, 4, 20, 20, 8, 8), torch.float32, device))
+    expected = ours(q, k, v)
+    assert expected.transpose(1, 2).is_contiguous()
+    first = [x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v)]
+    out = ours(*first)
+    assert out.permute(2, 0, 1, 3).is_contiguous()
+    assert torch.equal(out, expected)
+    upper = randn(*out.shape, seed=9).to(q)
+    for a, b in zip(gradients(ours, *first, {}, upper), gradients(ours, q, k, v, {}, upper), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_empty(device, in_kernels):
     """No image, no query, no key: shapes as ever, zeros, and nothing launched."""
     for shape in (Shape(0, 2, 2, 4, 4, 8, 8), Shape(1, 2, 2, 0, 4, 8, 8), Shape(1, 2, 2, 4, 0, 8, 8)):

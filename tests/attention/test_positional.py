@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import nnfast
+from nnfast.core import extension
 from nnfast.functional import rotary_embedding
 
 
@@ -27,7 +29,8 @@ def turned(x, positions, width, interleaved, base=10000.0):
     first, rest = x[..., :width], x[..., width:]
     pairs = first.unflatten(-1, (-1, 2)) if interleaved else first.unflatten(-1, (2, -1)).transpose(-1, -2)
     z = torch.view_as_real(
-        torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)
+        torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format))
+        * torch.polar(torch.ones_like(angle), angle)
     )
     z = z if interleaved else z.transpose(-1, -2)
     return torch.cat((z.flatten(-2), rest), -1)
@@ -83,6 +86,111 @@ def test_rotary(dtype, width, interleaved):
         assert_close(grad.double(), turned(upstream, -where, width or 8, interleaved), rtol=eps, atol=eps)
 
 
+@pytest.fixture(params=["triton", "cpu", "aten"])
+def served(request, device):
+    """Rotations are forced there."""
+    x = torch.ones(2, 4, device=device)
+    try:
+        with nnfast.backend(request.param):
+            rotary_embedding(x)
+            yield request.param
+    except nnfast.BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [48, 38])
+def test_rotary_of_views(dtype, width, interleaved, served, device):
+    """Of (N, L, H, D), innermost elsewhere, steps, expanded, of two and five dimensions; positions broadcast.
+
+    A result is laid out as `torch.empty_like` says, but for torch's own.
+    """
+    torch.manual_seed(0)
+    base = torch.randn(2, 6, 4, 48, device=device).to(dtype)
+    views = {
+        "length first": base.transpose(1, 2),
+        "packed": torch.randn(2, 6, 3, 4, 48, device=device).to(dtype)[:, :, 1].transpose(1, 2),
+        "features first": torch.randn(2, 4, 48, 6, device=device).to(dtype).mT,
+        "steps": torch.randn(2, 4, 12, 96, device=device).to(dtype)[:, :, ::2, ::2],
+        "expanded": base[:1, :1].expand(2, 4, 4, 48),
+        "matrix": base[0, 0],
+        "five": base.view(2, 3, 2, 4, 48),
+        "shifted": torch.randn(2 * 4 * 48 + 1, device=device).to(dtype)[1:].view(2, 4, 48),
+    }
+    for name, x in views.items():
+        shapes = [
+            (x.shape[-2],),
+            (1,),
+            x.shape[:-1],
+            (*x.shape[:-2], 1),
+            (x.shape[0],) + (1,) * (x.dim() - 2),
+        ]
+        for positions in (torch.randint(0, 50, shape, device=device) for shape in shapes):
+            leaf = x.detach().requires_grad_()
+            y = rotary_embedding(leaf, positions, rotary_dim=width, interleaved=interleaved)
+            where = positions.expand(x.shape[:-1])
+            eps = torch.finfo(dtype).eps
+            exact = turned(x, where, width, interleaved)
+            assert_close(y.double(), exact, rtol=eps, atol=4 * eps, msg=lambda m, n=name: f"{n}: {m}")
+            assert served == "aten" or x.dim() == 5 or y.stride() == torch.empty_like(x).stride(), name
+            upstream = torch.randn_like(y)
+            (grad,) = torch.autograd.grad(y, leaf, upstream)
+            exact = turned(upstream, -where, width, interleaved)
+            assert_close(grad.double(), exact, rtol=eps, atol=4 * eps, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_empty_rotary(served, device):
+    for shape in ((0, 3, 4, 8), (2, 3, 0, 8), (0, 8)):
+        x = torch.ones(shape, device=device, requires_grad=True)
+        y = rotary_embedding(x)
+        assert y.shape == x.shape
+        assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_rotary_keeps_its_table():
+    """It grows, moves with the module, and serves no type or inputs that it is not for."""
+    rope = nnfast.RotaryEmbedding(8, max_length=4)
+    assert rope.state_dict() == {}
+    assert pickle.loads(pickle.dumps(rope)).table.shape == copy.deepcopy(rope).table.shape == (2, 4, 4)
+    with torch.inference_mode():
+        long = torch.randn(1, 2, 9, 8)
+        assert_close(rope(long, long)[0], rotary_embedding(long))
+    assert rope.table.shape == (2, 9, 4)
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)  # saves a part of a table made in inference mode
+    assert_close(torch.autograd.grad(rope(x, x)[1].square().sum(), x)[0], 2 * x)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert rope.to(dtype).table.dtype == torch.promote_types(dtype, torch.float32)
+        for other in (torch.float16, torch.float64):
+            q, k = torch.randn(1, 2, 5, 8).to(other), torch.randn(1, 1, 3, 8)
+            for found, given in zip(rope(q, k), (q, k), strict=True):
+                assert torch.equal(found, rotary_embedding(given))
+    empty = nnfast.RotaryEmbedding(8).to("meta").to_empty(device="cpu")
+    assert torch.equal(empty.table, nnfast.RotaryEmbedding(8).table)
+    compiled = torch.compile(nnfast.RotaryEmbedding(8, max_length=4), fullgraph=True, backend="aot_eager")
+    for q in (x, long):
+        assert_close(compiled(q, q)[0], rotary_embedding(q))
+
+
+def test_explanations_of_rotary():
+    x = torch.zeros(2, 8, 4096, 64)
+    ours = not extension.why_not("rotary", "CPU")
+    for found in (nnfast.explain(rotary_embedding, x), nnfast.explain(nnfast.RotaryEmbedding(64), x, x)):
+        assert found.backend == ("cpu" if ours else "aten")
+    with nnfast.backend("cuda"), pytest.raises(nnfast.BackendError, match="rotary has no such backend"):
+        rotary_embedding(x)
+
+
+def test_rotary_compiles_to_torchs_operations():
+    graphs = []
+
+    def capture(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(rotary_embedding, fullgraph=True, backend=capture)(torch.randn(2, 4, 512, 64))
+    assert not [n for n in graphs[0].graph.nodes if "nnfast" in str(n.target)]
+
+
 def test_rotary_scores_depend_on_distances():
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     rope = nnfast.RotaryEmbedding(8)
@@ -99,6 +207,7 @@ def test_rotary_derivatives_transforms_and_compile():
     torch.autograd.gradcheck(rotary_embedding, x)
     torch.autograd.gradgradcheck(rotary_embedding, x)
     assert_close(torch.vmap(rotary_embedding)(x), rotary_embedding(x))
+    assert_close(torch.func.jvp(rotary_embedding, (x,), (x,))[1], rotary_embedding(x))
     compiled = torch.compile(rotary_embedding, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), rotary_embedding(x))
     assert_close(torch.autograd.grad(compiled(x).square().sum(), x)[0], 2 * x)

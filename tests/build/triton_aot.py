@@ -35,6 +35,7 @@ from nnfast.core.tuning import (
     attention_config,
     norm_rows_config,
     pointwise_config,
+    rotary_config,
     rows_config,
     strided_rows_config,
 )
@@ -59,6 +60,7 @@ def cases() -> Iterator[Case]:
     for dtype, size in ELEMENT_SIZES.items():
         yield from activation_cases(dtype, size)
         yield from sigmoid_cases(dtype, size)
+        yield from rotary_cases(dtype, size)
         if dtype != "fp16":  # launched as bf16
             yield from softmax_cases(dtype, size)
             yield from batch_norm_cases(dtype, size)
@@ -90,6 +92,21 @@ def sigmoid_cases(dtype: str, size: int) -> Iterator[Case]:
         types = {**dict.fromkeys(pointers, f"*{dtype}"), **scalars}
         kernel = getattr(focal_loss, f"sigmoid_{direction}_kernel")
         yield f"sigmoid {direction} {dtype}", kernel, types, {"BLOCK": config.block}, config.num_warps, {}
+
+
+def rotary_cases(dtype: str, size: int) -> Iterator[Case]:
+    """Rotary embedding of heads of 64, by halves and by neighbours, and of half a head of 128."""
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    for pairs, rest, interleaved in ((32, 0, False), (32, 0, True), (32, 64, False)):
+        config = rotary_config(pairs, size)
+        constants = {"HALF": pairs, "REST": rest, "INTERLEAVED": interleaved}
+        constants |= {"ROWS": config.rows, "BLOCK": config.block, "BLOCK_REST": max(rest, 1)}
+        types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "cos_ptr": f"*{wide}", "sin_ptr": f"*{wide}"}
+        types |= dict.fromkeys(("rows", "second", "third"), "i64")
+        strides = (f"{x}_{place}" for x in ("x", "y", "cos", "sin") for place in ("first", "second", "third"))
+        types |= dict.fromkeys(strides, "i64:16")
+        name = f"rotary {'neighbours' if interleaved else 'halves'} {2 * pairs} of {2 * pairs + rest} {dtype}"
+        yield name, attention.rotary_kernel, types, constants, config.num_warps, {}
 
 
 def softmax_cases(dtype: str, size: int) -> Iterator[Case]:
