@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.reference import ACTIVATIONS
+from ..activation.reference import act as activated
+from ..core.op import forced_outside_compile
+from . import winograd
 from .op import CONV2D_ACT, NAME, Prologue, check
 from .op import conv2d_act as _conv2d_act
 
@@ -75,12 +78,56 @@ def conv2d_act(
         ValueError: for a wrong shape, dtype, device or activation.
         BackendError: if a forced backend cannot serve.
     """
+    if residual is None and prologue is None:
+        y = _at_once(input, weight, bias, stride, padding, dilation, groups, act, negative_slope)
+        if y is not None:
+            return y
     arguments = _arguments(
         input, weight, bias, stride, padding, dilation, groups,
         act=act, negative_slope=negative_slope, residual=residual, prologue=prologue,
     )  # fmt: skip
     check(*arguments[:-2])
     return _conv2d_act(*arguments)
+
+
+def _at_once(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    act: Any,
+    slope: Any,
+) -> Tensor | None:
+    """What torch gives for a plain call that is too small for ours; None for all others, and wrong ones.
+
+    On small images our own checks take as long as the convolution, and torch checks the same.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(input) is not Tensor
+        or not (type(weight) is Tensor or type(weight) is nn.Parameter)
+        or not winograd.small(input, weight)
+        or forced_outside_compile() is not None
+        or torch.is_autocast_enabled("cpu")
+        or type(act) is not str
+        or act not in ACTIVATIONS
+        or not (
+            type(stride) is type(padding) is type(dilation) is int or _are_pairs(stride, padding, dilation)
+        )
+    ):
+        return None
+    try:
+        y = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    except (RuntimeError, TypeError):  # what is needed is said by `check`
+        return None
+    return activated(y, ACTIVATIONS[act], slope)
+
+
+def _are_pairs(*values: Any) -> bool:
+    return all(type(v) is int or (type(v) is tuple and len(v) == 2) for v in values)
 
 
 def _arguments(
@@ -165,9 +212,11 @@ class Conv2dAct(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(conv(input) + residual); residual: like the result. See `nnfast.functional.conv2d_act`."""
-        arguments = self.nnfast_arguments(input, residual)
-        check(*arguments[:-2])
-        return _conv2d_act(*arguments)
+        sizes: Any = (self.stride, self.padding, self.dilation, self.groups)
+        return conv2d_act(
+            input, self.weight, self.bias, *sizes,
+            act=self.act, negative_slope=self.negative_slope, residual=residual,
+        )  # fmt: skip
 
     def nnfast_arguments(self, input: Tensor, residual: Tensor | None = None) -> tuple[Any, ...]:
         """The operation's arguments, for `nnfast.explain`."""

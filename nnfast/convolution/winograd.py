@@ -87,6 +87,14 @@ def not_worth(x: Tensor, weight: Tensor) -> list[str]:
     ]
 
 
+def small(x: Tensor, weight: Tensor) -> bool:
+    """x: (N, C, H, W) on the CPU, in torch's own wide types, is too small for it, told at once."""
+    if not (x.is_cpu and x.dim() == 4 and x.dtype in (torch.float32, torch.float64)):
+        return False
+    least = tuning.WINOGRAD
+    return weight.numel() < 9 * least.pairs or x.numel() < least.channels * least.tiles
+
+
 def _check(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
     missing = extension.why_not(NAME, "CPU")
     if reasons := [missing] * bool(missing) + why_not(x.dtype, kernel, stride, padding):
