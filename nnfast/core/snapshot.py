@@ -60,7 +60,7 @@ def _probe(source: Source) -> tuple[Callable[[], object], object] | None:
 
 
 _SMALL, _SAMPLES = 2048, 256
-"""Most elements that are all read, which takes 3 us, and most that are read of more, in 5 to 10 us."""
+"""Most elements that are all read, and most that are read of more: as many as a call can well wait for."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
