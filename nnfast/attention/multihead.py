@@ -264,8 +264,9 @@ def _arguments(
         v = torch.cat([v, m.bias_v.to(v.dtype).view(*v.shape[-2:]).expand(*one, -1, -1)], where)
         extra += 1
     if m.add_zero_attn:
-        k = torch.cat([k, torch.zeros_like(k.narrow(where, 0, 1))], where)
-        v = torch.cat([v, torch.zeros_like(v.narrow(where, 0, 1))], where)
+        k, v = (
+            torch.cat([x, x.new_zeros([*x.shape[:where], 1, *x.shape[where + 1 :]])], where) for x in (k, v)
+        )
         extra += 1
     causal = is_causal and key_padding_mask is None
     mask, bias = _masks(m, None if causal else attn_mask, sizes)

@@ -215,7 +215,9 @@ class _LinearTotal(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if needs_formula(grad, *(t for t in inputs if t is not None)):
             return (*ctx.rows.differentiable(grad, inputs, target, needs), None, None)
-        grad = grad / ctx.scale
+        # A mean over ignored targets alone divides by none: its gradient is infinite, and what it meets zero.
+        ignore_index = ctx.rows.options[3]
+        grad = grad.where((target != ignore_index).any(), 0) / ctx.scale
         gradients = (
             None if saved is None else (saved * grad).to(given.dtype)
             for saved, given in zip((of_x, of_weight, of_bias), inputs, strict=True)

@@ -101,6 +101,15 @@ def test_everything_it_takes(kind, batch_first, extra):
         ours(*given, need_weights=False)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_keys_but_one_of_zeros(batch_first):
+    theirs, ours = pair(batch_first=batch_first, add_zero_attn=True)
+    (query, *_), (n, _) = inputs("key is value", batch_first)
+    keys = torch.empty((n, 0, theirs.embed_dim) if batch_first else (0, n, theirs.embed_dim))
+    expected = theirs(query, keys, keys, need_weights=False)[0]
+    assert_close(ours(query, keys, keys, need_weights=False)[0], expected)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_causal(batch_first, padded):

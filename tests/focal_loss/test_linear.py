@@ -133,10 +133,11 @@ def test_other_shapes_and_targets(forced):
     assert linear(x[:0], weight, target[:0], bias).isnan()
 
 
-def test_all_ignored(forced):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_all_ignored(reduction, forced):
     x, weight, bias, target = tensors()
-    loss = linear(x, weight, torch.full_like(target, -100), bias, reduction="sum")
-    assert loss == 0
+    loss = linear(x, weight, torch.full_like(target, -100), bias, reduction=reduction)
+    assert loss == 0 if reduction == "sum" else loss.isnan()  # as F.cross_entropy
     assert not any(g.any() for g in torch.autograd.grad(loss, (x, weight, bias)))
 
 
