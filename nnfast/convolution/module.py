@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.reference import ACTIVATIONS
-from ..activation.reference import act as activated
-from ..core.op import forced_outside_compile
-from . import winograd
-from .op import CONV2D_ACT, NAME, Prologue, check
+from .op import CONV2D_ACT, NAME, Prologue, at_once, check
 from .op import conv2d_act as _conv2d_act
 
 
@@ -79,7 +76,7 @@ def conv2d_act(
         BackendError: if a forced backend cannot serve.
     """
     if residual is None and prologue is None:
-        y = _at_once(input, weight, bias, stride, padding, dilation, groups, act, negative_slope)
+        y = at_once(input, weight, bias, stride, padding, dilation, groups, act, negative_slope)
         if y is not None:
             return y
     arguments = _arguments(
@@ -88,46 +85,6 @@ def conv2d_act(
     )  # fmt: skip
     check(*arguments[:-2])
     return _conv2d_act(*arguments)
-
-
-def _at_once(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
-    act: Any,
-    slope: Any,
-) -> Tensor | None:
-    """What torch gives for a plain call that is too small for ours; None for all others, and wrong ones.
-
-    On small images our own checks take as long as the convolution, and torch checks the same.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or type(input) is not Tensor
-        or not (type(weight) is Tensor or type(weight) is nn.Parameter)
-        or not winograd.small(input, weight)
-        or forced_outside_compile() is not None
-        or torch.is_autocast_enabled("cpu")
-        or type(act) is not str
-        or act not in ACTIVATIONS
-        or not (
-            type(stride) is type(padding) is type(dilation) is int or _are_pairs(stride, padding, dilation)
-        )
-    ):
-        return None
-    try:
-        y = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    except (RuntimeError, TypeError):  # what is needed is said by `check`
-        return None
-    return activated(y, ACTIVATIONS[act], slope)
-
-
-def _are_pairs(*values: Any) -> bool:
-    return all(type(v) is int or (type(v) is tuple and len(v) == 2) for v in values)
 
 
 def _arguments(

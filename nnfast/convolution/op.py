@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..activation.reference import IDENTITY, LEAKY_RELU, RELU, act_backward
+from ..activation.reference import ACTIVATIONS, IDENTITY, LEAKY_RELU, RELU, act_backward
 from ..activation.reference import act as activated
 from ..core import tuning
-from ..core.op import Backend, Op, forced
+from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     LIBRARY,
     by_formula,
@@ -512,6 +512,46 @@ def conv2d_act(
         return _run_aten(*arguments)
     result: Tensor = CONV2D_ACT(*arguments)
     return result
+
+
+def at_once(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    act: Any,
+    slope: Any,
+) -> Tensor | None:
+    """What torch gives for a plain call that is too small for ours; None for all others, and wrong ones.
+
+    On small images our own checks take as long as the convolution, and torch checks the same.
+    """
+    if (
+        is_compiling()
+        or type(input) is not Tensor
+        or not (type(weight) is Tensor or type(weight) is torch.nn.Parameter)
+        or not winograd.small(input, weight)
+        or forced_outside_compile() is not None
+        or torch.is_autocast_enabled("cpu")
+        or type(act) is not str
+        or act not in ACTIVATIONS
+        or not (
+            type(stride) is type(padding) is type(dilation) is int or _are_pairs(stride, padding, dilation)
+        )
+    ):
+        return None
+    try:
+        y = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    except (RuntimeError, TypeError):  # what is needed is said by `check`
+        return None
+    return activated(y, ACTIVATIONS[act], slope)
+
+
+def _are_pairs(*values: Any) -> bool:
+    return all(type(v) is int or (type(v) is tuple and len(v) == 2) for v in values)
 
 
 def check(
