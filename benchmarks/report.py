@@ -77,7 +77,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     for where, (draw, found) in pictures(results, path).items():
         figure = draw(found, plt)
-        figure.suptitle(heading(found), fontsize=8, wrap=True)
+        figure.suptitle(heading(found), fontsize=7)
         figure.savefig(where, dpi=120)
         plt.close(figure)
         print(where.relative_to(ROOT))
