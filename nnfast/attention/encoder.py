@@ -104,6 +104,8 @@ def _torchs_reasons(
     length = src.shape[1]
     if not (m.self_attn.batch_first and op.is_for_cpu(src, length)):
         return ["its attention is not for our CPU kernels"]
+    if src.numel() < tuning.MULTIHEAD_ELEMENTS:  # below which self_attn would leave it to torch's as well
+        return [f"{src.numel()} elements; measured to pay from {tuning.MULTIHEAD_ELEMENTS} on"]
     least = tuning.ENCODER_LENGTH_MASKED if masks else tuning.ENCODER_LENGTH
     if length < least:
         return [f"length {length}; measured to be faster than torch's fused layer from {least} on"]
