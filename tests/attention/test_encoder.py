@@ -107,6 +107,11 @@ def test_who_serves(monkeypatch):
         with nnfast.backend("reference"):
             assert_close(ours(x), theirs(x))
             assert nnfast.explain(ours, x).backend == "reference"
+        with monkeypatch.context() as few:
+            few.setattr(tuning, "MULTIHEAD_ELEMENTS", x.numel() + 1)
+            few.setattr(ours, "_sa_block", None)  # the fused operation does without
+            assert nnfast.explain(ours, x).backend == "aten"
+            assert torch.equal(ours(x), theirs(x))
         monkeypatch.setattr(tuning, "ENCODER_LENGTH", LENGTH + 1)
         found = nnfast.explain(ours, x)
         assert found.backend == "aten"
