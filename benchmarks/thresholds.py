@@ -82,32 +82,35 @@ PLANES = ((512, 7), (256, 14), (64, 56))
 
 
 def norm_ratio(
-    backend: str, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, heavy: bool
+    backend: str, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, mode: str
 ) -> float:
-    """torch's time over the backend's, of the activation and residual for which that is least.
-
-    heavy: a training step, else inference.
-    """
+    """torch's time over the backend's, of the activation and residual for which that is least."""
+    grad = mode == "autograd"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def image() -> Tensor:
         x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
-        return x.requires_grad_(heavy)
+        return x.requires_grad_(grad)
 
-    parameters = [torch.ones(shape[1], device=device, dtype=dtype, requires_grad=heavy) for _ in range(2)]
+    parameters = [torch.ones(shape[1], device=device, dtype=dtype, requires_grad=grad) for _ in range(2)]
     running = [torch.ones(shape[1], device=device, dtype=dtype) for _ in range(2)]
     found = []
     for act, with_residual in (("identity", False), ("relu", False), ("relu", True)):
-        if act == "identity" and not heavy:
+        if act == "identity" and mode == "inference":
             continue  # one pass whoever runs it
 
         def step(inputs: tuple[Tensor, Tensor, Tensor], act: str = act, with_residual: bool = with_residual):
-            x, residual, grad = inputs
+            x, residual, upstream = inputs
             y = nnfast.functional.batch_norm_act(
-                x, *running, *parameters, heavy, act=act, residual=residual if with_residual else None
+                x,
+                *running,
+                *parameters,
+                mode != "inference",
+                act=act,
+                residual=residual if with_residual else None,
             )
             wanted = [x, *parameters, *[residual] * with_residual]
-            return torch.autograd.grad(y, wanted, grad) if heavy else y
+            return torch.autograd.grad(y, wanted, upstream) if grad else y
 
         contenders = {name: forced(step, name) for name in (backend, "aten")}
         inputs = rotation(lambda: (image(), image(), image().detach()), 9 * image().nbytes, device)
@@ -118,11 +121,10 @@ def norm_ratio(
 
 def batch_norms(backend: str, sizes: list[int]) -> None:
     """Print from where on a backend's batch norm pays, for each row of its table of thresholds."""
-    for heavy in (False, True):
+    for mode in ("inference", "statistics", "autograd"):
         for layout in (torch.contiguous_format, torch.channels_last):
             innermost = layout is torch.channels_last
-            shipped = tuning.NORM_THRESHOLDS.get((backend, heavy, innermost))
-            mode = "training" if heavy else "inference"
+            shipped = tuning.NORM_THRESHOLDS.get((backend, mode, innermost))
             print(
                 f"batch_norm_act {backend} {mode} {str(layout).removeprefix('torch.')} (shipped: {shipped})"
             )
@@ -133,7 +135,7 @@ def batch_norms(backend: str, sizes: list[int]) -> None:
                         images = size // (channels * side * side)
                         if images:
                             shape = (images, channels, side, side)
-                            found[size] = norm_ratio(backend, shape, layout, dtype, heavy)
+                            found[size] = norm_ratio(backend, shape, layout, dtype, mode)
                     ratios = "  ".join(f"2^{n.bit_length() - 1}: {r:.2f}x" for n, r in found.items())
                     name = str(dtype).removeprefix("torch.")
                     print(f"  {channels} at {side}x{side} {name}: {crossover(found)}  {ratios}", flush=True)

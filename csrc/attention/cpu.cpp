@@ -9,7 +9,9 @@
 
 namespace nnfast::cpu {
 
-constexpr int64_t span = 4 * query_block;  // queries that share what is packed of the keys, at most
+// Blocks of queries that share what is packed of the keys, at most, and the bytes of queries and results that
+// they may hold: half of a second cache.
+constexpr int64_t most_blocks = 8, most_held = 256 << 10;
 
 // out: strides of (N, H, Lq), features side by side. begin, end: spans of queries of a head
 template <class T>
@@ -24,8 +26,8 @@ struct Forward {
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t width = whole_panels<T, bytes>(p.values);
-    const Scratch<T> q(span * p.head), k(key_block * p.head), v(key_block * width), out(span * width);
-    const Scratch<T> s(key_block * query_block), ends(3 * span);
+    const Scratch<T> q(queries_each * p.head), k(key_block * p.head), v(key_block * width),
+        out(queries_each * width), s(key_block * query_block), ends(2 * queries_each);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / spans(), first = task % spans() * queries_each;
       const Scores<T, bytes> scores(p, row / p.heads, row % p.heads);
@@ -40,12 +42,12 @@ struct Forward {
     const int64_t n = scores.n, h = scores.h, of_keys = p.key_head(h);
     const int64_t width = whole_panels<T, bytes>(p.values);
     const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
-    T *most = ends, *sum = ends + span;
+    T *most = ends, *sum = ends + queries_each;
     for (int64_t i = 0; i < queries; i += query_block)
       pack_columns<bytes>(p.q.at(n, h) + (first + i) * p.q.l, p.q.l, p.q.d,
                           std::min<int64_t>(queries - i, query_block), p.head, p.scale, q + i * p.head);
-    std::fill_n(most, span, -scores.infinity);
-    std::fill_n(sum, span, T{});
+    std::fill_n(most, queries_each, -scores.infinity);
+    std::fill_n(sum, queries_each, T{});
     std::fill_n(out, queries * width, T{});
     const Range all = scores.seen(first, first + queries);
     for (int64_t j = all.begin; j < all.end; j += key_block) {
@@ -59,7 +61,11 @@ struct Forward {
         const int left = int(std::min<int64_t>(seen.end - j, rows) - skipped);
         if (left <= 0) continue;
         scores.compute(first + i, columns, j + skipped, left, k + skipped * p.head, q + i * p.head, s);
-        weigh(scores, first + i, columns, j + skipped, left, s, most + i, sum + i, out + i * width, width);
+        const int64_t share = (key_block * query_block + queries - 1) / queries;  // of the next rows
+        const int64_t next = j + key_block + i / query_block * share;
+        Ahead ahead{from_k, from_v, next, std::min({next + share, j + 2 * key_block, all.end})};
+        weigh(scores, first + i, columns, j + skipped, left, s, most + i, sum + i, out + i * width, width,
+              ahead);
         // Torch has few queries' products as dot products, whose rounding grows less with their length.
         const int together = columns < 8 ? 16 : left;
         for (int r = 0; r < left; r += together)
@@ -87,10 +93,25 @@ struct Forward {
     }
   }
 
+  // Rows of keys and values to fetch into the second cache, beside arithmetic.
+  struct Ahead {
+    const T *k, *v;
+    int64_t next, end;
+  };
+
+  NNFAST_INLINE void fetch(Ahead& ahead, int64_t rows) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (const int64_t last = std::min(ahead.next + rows, ahead.end); ahead.next < last; ++ahead.next) {
+      const T *key = ahead.k + ahead.next * p.k.l, *value = ahead.v + ahead.next * p.v.l;
+      for (int64_t d = 0; d < p.head; d += line) __builtin_prefetch(key + d, 0, 2);
+      for (int64_t d = 0; d < p.values; d += line) __builtin_prefetch(value + d, 0, 2);
+    }
+  }
+
   // Scores to e^(score - most), which `most` is raised for, and what it had been comes to in sum and out.
   template <int bytes>
   NNFAST_INLINE void weigh(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows, T* s,
-                           T* most, T* sum, T* out, int64_t width) const {
+                           T* most, T* sum, T* out, int64_t width, Ahead& ahead) const {
     using V = typename VectorOf<T, bytes>::type;
     constexpr int lanes = bytes / sizeof(T), group = 4;
     constexpr int together = 8;  // keys, so that rounding grows with the number of groups of them
@@ -111,6 +132,7 @@ struct Forward {
       V total[group] = {};
       for (int first = 0; first < rows; first += together) {
         V some[group] = {};
+        fetch(ahead, 4);
         for (int r = first; r < std::min(first + together, rows); ++r)
           for (int g = 0; g < group; ++g) {
             T* at = s + r * query_block + c + g * lanes;
@@ -451,9 +473,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     expect_writes(out.mutable_data_ptr(), out.numel() * sizeof(T));
     const int64_t heads = p.batch * p.heads, blocks = (p.queries + query_block - 1) / query_block;
     if (heads * blocks == 0) return std::make_tuple(out, lse);
-    int64_t each = span / query_block;  // fewer where threads would have none
+    const int64_t held = query_block * (p.head + p.values) * sizeof(T);
+    int64_t each = std::clamp<int64_t>(most_held / std::max<int64_t>(held, 1), 1, most_blocks);
     while (each > 1 && heads * ((blocks + each - 1) / each) < 2 * int64_t(torch::stable::get_num_threads()))
-      --each;
+      --each;  // or threads would have none
     const Forward<T> loop{p, each * query_block, static_cast<T*>(out.mutable_data_ptr()),
                           static_cast<T*>(lse.mutable_data_ptr()), operand<T>(out)};
     parallel(heads * loop.spans(), 1, loop);

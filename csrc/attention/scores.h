@@ -154,12 +154,15 @@ struct Philox {
   }
 };
 
-// e^x for x <= 0, 0 where it is no normal number: processors are slow at denormals.
+// e^x for x <= 0, 0 where it is hardly a normal number: processors are slow at denormals, its products with
+// gradients and values included.
 template <class V>
 NNFAST_INLINE V decayed(V x) {
   using T = typename Lanes<V>::Element;
-  constexpr T lowest = sizeof(T) == 4 ? T(-87) : T(-708);
-  return x < lowest ? V{} : Precise::exp<true>(max(V{} + lowest, x));
+  constexpr T lowest = sizeof(T) == 4 ? T(-80) : T(-700);
+  if constexpr (!host::has_scale<V>) return x < lowest ? V{} : Precise::exp<true>(max(V{} + lowest, x));
+  const auto [p, n, shifted] = Precise::power(x);
+  return host::scale(x < lowest ? V{} : p, n);
 }
 
 // What the scores of one head are computed from.

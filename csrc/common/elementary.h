@@ -95,6 +95,23 @@ inline constexpr double exp_polynomial_double[] = {
     1.98412695066265242e-4, 1.38888889436223955e-3, 8.33333333349443103e-3, 4.16666666665301842e-2,
     0.166666666666664126,   0.500000000000001062};
 
+// e^x = p 2^n; the low bits of shifted are n.
+template <class T>
+struct Power {
+  T p, n, shifted;
+};
+
+template <class T, class Element, int terms>
+NNFAST_INLINE Power<T> power(T x, const Element (&polynomial)[terms]) {
+  using Constants = ExpConstants<Element>;
+  const T shifted = x * Constants::log2_e + Constants::round_magic;
+  const T n = shifted - Constants::round_magic;
+  const T r = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
+  T p = T{} + polynomial[0];
+  for (int i = 1; i < terms; ++i) p = p * r + polynomial[i];
+  return {(p * r + 1) * r + 1, n, shifted};
+}
+
 // With `bounded`, x is no more than `highest`.
 template <bool bounded, class T, class Element, int terms>
 NNFAST_INLINE T exp(T x, const Element (&polynomial)[terms]) {
@@ -103,12 +120,7 @@ NNFAST_INLINE T exp(T x, const Element (&polynomial)[terms]) {
   constexpr bool scales = has_scale<T>;
   if constexpr (!bounded) x = min(T{} + (scales ? Constants::beyond_highest : Constants::highest), x);
   x = max(T{} + (scales ? Constants::lowest_with_denormals : Constants::lowest), x);
-  const T shifted = x * Constants::log2_e + Constants::round_magic;
-  const T n = shifted - Constants::round_magic;
-  const T r = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
-  T p = T{} + polynomial[0];
-  for (int i = 1; i < terms; ++i) p = p * r + polynomial[i];
-  p = (p * r + 1) * r + 1;
+  const auto [p, n, shifted] = power(x, polynomial);
   if constexpr (scales)
     return scale(p, n);
   else
@@ -226,6 +238,16 @@ struct Precise {
       return host::exp<bounded>(x, host::exp_polynomial);
 #endif
   }
+
+#if !defined(__CUDA_ARCH__)
+  template <class T>
+  static NNFAST_INLINE host::Power<T> power(T x) {
+    if constexpr (std::is_same_v<typename Lanes<T>::Element, double>)
+      return host::power(x, host::exp_polynomial_double);
+    else
+      return host::power(x, host::exp_polynomial);
+  }
+#endif
 
   template <class T>
   static NNFAST_INLINE T log(T x) {

@@ -623,8 +623,9 @@ def _not_worth(
         return ["interpreted: for tests, not for speed"]
     tensors = (x, residual, *norm[:2], *(residual_norm or ())[:2])
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    heavy, innermost = norm.batch or grad, channels_innermost(x)
-    least = tuning.NORM_THRESHOLDS.get((backend, heavy, innermost))
+    mode = "autograd" if grad else "statistics" if norm.batch else "inference"
+    innermost = channels_innermost(x)
+    least = tuning.NORM_THRESHOLDS.get((backend, mode, innermost))
     if least is None:
         return ["not measured to be faster than torch's own kernel"]
     if innermost and dense(x) is not x:
@@ -632,12 +633,12 @@ def _not_worth(
     reasons = []
     numel = least.wide if x.dtype in (torch.float32, torch.float64) else least.half
     if x.numel() < numel:
-        mode = "with batch statistics or autograd" if heavy else "in inference"
-        reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {mode}")
+        where = {"statistics": "with the batch's statistics", "autograd": "with autograd"}.get(mode)
+        reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {where or 'in inference'}")
     stretch, what = (_count(x), "channel") if innermost else (x.shape[2:].numel(), "plane")
     if stretch < least.stretch:
         reasons.append(f"{stretch} values of a {what}; measured to pay from {least.stretch} on")
-    if not heavy and residual is None and act == IDENTITY:
+    if mode == "inference" and residual is None and act == IDENTITY:
         reasons.append("one pass, in torch as well")
     return reasons
 

@@ -75,8 +75,8 @@ def conv2d_act(
         ValueError: for a wrong shape, dtype, device or activation.
         BackendError: if a forced backend cannot serve.
     """
-    if residual is None and prologue is None:
-        y = at_once(input, weight, bias, stride, padding, dilation, groups, act, negative_slope)
+    if prologue is None:
+        y = at_once(input, weight, bias, residual, stride, padding, dilation, groups, act, negative_slope)
         if y is not None:
             return y
     arguments = _arguments(

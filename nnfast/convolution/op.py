@@ -518,6 +518,7 @@ def at_once(
     input: Any,
     weight: Any,
     bias: Any,
+    residual: Any,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -538,6 +539,7 @@ def at_once(
         or torch.is_autocast_enabled("cpu")
         or type(act) is not str
         or act not in ACTIVATIONS
+        or not (residual is None or type(residual) is Tensor)
         or not (
             type(stride) is type(padding) is type(dilation) is int or _are_pairs(stride, padding, dilation)
         )
@@ -547,6 +549,10 @@ def at_once(
         y = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     except (RuntimeError, TypeError):  # what is needed is said by `check`
         return None
+    if residual is not None:
+        if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
+            return None
+        y += residual
     return activated(y, ACTIVATIONS[act], slope)
 
 

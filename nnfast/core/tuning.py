@@ -46,13 +46,15 @@ class NormThreshold:
     stretch: int
 
 
-# (backend, statistics of the batch or autograd, channels innermost) -> NormThreshold. What is not listed has
-# not been measured, as above.
-NORM_THRESHOLDS: dict[tuple[str, bool, bool], NormThreshold] = {
-    ("cpu", True, True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
-    ("cpu", True, False): NormThreshold(wide=1 << 19, half=1 << 21, stretch=14 * 14),
-    ("cpu", False, True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
-    ("cpu", False, False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
+# (backend, mode, channels innermost) -> NormThreshold; the mode is "inference", "statistics" of the batch, or
+# "autograd" with either. What is not listed has not been measured, as above.
+NORM_THRESHOLDS: dict[tuple[str, str, bool], NormThreshold] = {
+    ("cpu", "autograd", True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
+    ("cpu", "autograd", False): NormThreshold(wide=3 << 17, half=1 << 21, stretch=14 * 14),
+    ("cpu", "statistics", True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
+    ("cpu", "statistics", False): NormThreshold(wide=3 << 16, half=1 << 21, stretch=7 * 7),
+    ("cpu", "inference", True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
+    ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
 }
 SMALLEST_NORM = min(t.wide for t in NORM_THRESHOLDS.values()), min(t.half for t in NORM_THRESHOLDS.values())
 """Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
