@@ -777,7 +777,7 @@ def _is_plain(inputs: Tensor, targets: Tensor, alpha: Number | Tensor, gamma: fl
         and targets.is_cpu
         and inputs.dim() == 2
         and targets.dim() == 1
-        and len(targets) == len(inputs)
+        and targets.shape[0] == inputs.shape[0]
         and inputs.numel() >= _LEAST
         and inputs.is_contiguous()
         and (type(alpha) is int or type(alpha) is float)

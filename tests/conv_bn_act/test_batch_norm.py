@@ -19,6 +19,7 @@ import nnfast
 from nnfast.activation.reference import ACTIVATIONS
 from nnfast.conv_bn_act import op
 from nnfast.conv_bn_act.module import normalise
+from nnfast.core import extension, tuning
 from tests.conftest import runs
 from tests.ops import TABLE
 
@@ -350,6 +351,25 @@ def test_parameters_and_statistics_of_several_dtypes():
     twin = copy.deepcopy(bn).float()
     assert_close(normalise(bn, x).float(), expected(twin, x.float(), act="identity"), atol=0.03, rtol=0.02)
     assert_close(bn.running_mean, twin.running_mean)
+
+
+@pytest.mark.skipif(bool(extension.why_not("batch_norm_act", "CPU")), reason="built without CPU kernels")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("mode", ["inference", "statistics", "autograd"])
+def test_served_from_its_threshold_on(mode, layout):
+    """Each mode has its own: of the batch's statistics alone, torch's are the slowest."""
+    least = tuning.NORM_THRESHOLDS["cpu", mode, layout is torch.channels_last]
+    images = -(-least.wide // (64 * 16 * 16))
+    x = torch.randn(max(images, least.stretch // 256), 64, 16, 16).contiguous(memory_format=layout)
+    mean, var = torch.zeros(64), torch.ones(64)
+    weight = torch.ones(64, requires_grad=mode == "autograd")
+
+    def found(x: torch.Tensor) -> str | None:
+        args = x, mean, var, weight, torch.zeros(64), mode != "inference"
+        return nnfast.explain("batch_norm_act", *args, act="relu").backend
+
+    assert found(x) == "cpu"
+    assert found(x[: max(least.wide // (64 * 16 * 16) - 1, 1)]) == "aten"
 
 
 def test_nan_and_infinity_stay_in_their_channel(backend):
