@@ -608,6 +608,25 @@ def _why_not(
     return reasons
 
 
+def _mode(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None) -> str:
+    """What `tuning.NORM_THRESHOLDS` tells apart."""
+    tensors = (x, residual, *norm[:2], *(residual_norm or ())[:2])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "autograd"
+    return "statistics" if norm.batch else "inference"
+
+
+def _smallest(innermost: bool, *modes: str) -> tuple[int, int]:
+    """Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
+    rows = tuning.NORM_THRESHOLDS.items()
+    found = [t for (_, mode, last), t in rows if mode in modes and last is innermost]
+    return min(t.wide for t in found), min(t.half for t in found)
+
+
+_MODES = ("inference", "statistics", "autograd")
+_SMALLEST = {(mode, innermost): _smallest(innermost, mode) for mode in _MODES for innermost in (False, True)}
+
+
 def _not_worth(
     backend: str,
     x: Tensor,
@@ -621,10 +640,7 @@ def _not_worth(
         return []  # torch has none on the cpu
     if backend == "triton" and x.is_cpu:
         return ["interpreted: for tests, not for speed"]
-    tensors = (x, residual, *norm[:2], *(residual_norm or ())[:2])
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    mode = "autograd" if grad else "statistics" if norm.batch else "inference"
-    innermost = channels_innermost(x)
+    mode, innermost = _mode(x, norm, residual, residual_norm), channels_innermost(x)
     least = tuning.NORM_THRESHOLDS.get((backend, mode, innermost))
     if least is None:
         return ["not measured to be faster than torch's own kernel"]
@@ -659,7 +675,7 @@ class BatchNormAct(Op):
     """The operation; called with (x, norm, residual, residual_norm, act, slope), checked."""
 
     def __init__(self) -> None:
-        self.least = tuning.SMALLEST_NORM
+        self.least = _smallest(True, *_MODES)  # the memory format that blocks run in
         compiled, triton = Kernels(LIBRARY), Kernels(LIBRARY, "triton")
         self.in_triton = triton
         ours = [
@@ -834,8 +850,10 @@ def batch_norm_act(
     if norm.batch and recomputing():
         norm = _with_copies(norm)
         residual_norm = None if residual_norm is None else _with_copies(residual_norm)
-    least = BATCH_NORM_ACT.least[x.element_size() < 4]
-    small = x.numel() < least and not is_compiling() and forced_outside_compile() is None
+    least = _SMALLEST[_mode(x, norm, residual, residual_norm), not x.is_contiguous()]
+    small = (
+        x.numel() < least[x.element_size() < 4] and not is_compiling() and forced_outside_compile() is None
+    )
     if small and not _aten_why_not(x, norm, residual, residual_norm):  # at once what `choose` would find
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)
