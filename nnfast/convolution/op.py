@@ -550,7 +550,7 @@ def at_once(
     if residual is not None:
         if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
             return None
-        y += residual
+        y = y + residual  # not in place: vmap may batch one of them alone
     code = ACTIVATIONS[act]
     return y.relu_() if code == RELU else activated(y, code, slope)
 

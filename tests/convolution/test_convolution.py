@@ -550,3 +550,13 @@ def test_module_is_a_convolution():
         assert_close(ours(x.contiguous(memory_format=LAST), residual), expected, rtol=1e-4, atol=1e-4)
     assert "act='silu'" in repr(ours)
     assert nnfast.explain(ours, x).backend == "aten"
+
+
+def test_a_residual_batched_alone():
+    """vmap over the residual of a small convolution, which is served at once."""
+    x, weight, residuals = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(6, 2, 4, 3, 3)
+
+    def ours(residual: torch.Tensor) -> torch.Tensor:
+        return nnfast.functional.conv2d_act(x, weight, act="relu", residual=residual)
+
+    assert_close(torch.func.vmap(ours)(residuals), F.relu(F.conv2d(x, weight) + residuals))
