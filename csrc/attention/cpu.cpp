@@ -115,6 +115,7 @@ struct Forward {
     using V = typename VectorOf<T, bytes>::type;
     constexpr int lanes = bytes / sizeof(T), group = 4;
     constexpr int together = 8;  // keys, so that rounding grows with the number of groups of them
+    const int64_t fetched = (ahead.end - ahead.next) * together / rows + 1;  // rows, with each group
     alignas(64) T shrunk[query_block], factors[4 * query_block];
     for (int c = 0; c < columns; c += group * lanes) {
       V old[group], raised[group];
@@ -132,7 +133,7 @@ struct Forward {
       V total[group] = {};
       for (int first = 0; first < rows; first += together) {
         V some[group] = {};
-        fetch(ahead, 4);
+        fetch(ahead, fetched);
         for (int r = first; r < std::min(first + together, rows); ++r)
           for (int g = 0; g < group; ++g) {
             T* at = s + r * query_block + c + g * lanes;

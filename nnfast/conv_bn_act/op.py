@@ -616,15 +616,14 @@ def _mode(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | 
     return "statistics" if norm.batch else "inference"
 
 
-def _smallest(innermost: bool, *modes: str) -> tuple[int, int]:
-    """Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
-    rows = tuning.NORM_THRESHOLDS.items()
-    found = [t for (_, mode, last), t in rows if mode in modes and last is innermost]
-    return min(t.wide for t in found), min(t.half for t in found)
-
-
-_MODES = ("inference", "statistics", "autograd")
-_SMALLEST = {(mode, innermost): _smallest(innermost, mode) for mode in _MODES for innermost in (False, True)}
+_MODES = {
+    "inference": "in inference",
+    "statistics": "with the batch's statistics",
+    "autograd": "with autograd",
+}
+_SMALLEST = {
+    (mode, innermost): tuning.smallest_norm(innermost, mode) for mode in _MODES for innermost in (False, True)
+}
 
 
 def _not_worth(
@@ -649,8 +648,7 @@ def _not_worth(
     reasons = []
     numel = least.wide if x.dtype in (torch.float32, torch.float64) else least.half
     if x.numel() < numel:
-        where = {"statistics": "with the batch's statistics", "autograd": "with autograd"}.get(mode)
-        reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {where or 'in inference'}")
+        reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {_MODES[mode]}")
     stretch, what = (_count(x), "channel") if innermost else (x.shape[2:].numel(), "plane")
     if stretch < least.stretch:
         reasons.append(f"{stretch} values of a {what}; measured to pay from {least.stretch} on")
@@ -675,7 +673,7 @@ class BatchNormAct(Op):
     """The operation; called with (x, norm, residual, residual_norm, act, slope), checked."""
 
     def __init__(self) -> None:
-        self.least = _smallest(True, *_MODES)  # the memory format that blocks run in
+        self.least = tuning.smallest_norm(True, *_MODES)  # the memory format that blocks run in
         compiled, triton = Kernels(LIBRARY), Kernels(LIBRARY, "triton")
         self.in_triton = triton
         ours = [

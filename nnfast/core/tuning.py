@@ -56,8 +56,12 @@ NORM_THRESHOLDS: dict[tuple[str, str, bool], NormThreshold] = {
     ("cpu", "inference", True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
     ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
 }
-SMALLEST_NORM = min(t.wide for t in NORM_THRESHOLDS.values()), min(t.half for t in NORM_THRESHOLDS.values())
-"""Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
+
+
+def smallest_norm(innermost: bool, *modes: str) -> tuple[int, int]:
+    """Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
+    found = [t for (_, mode, last), t in NORM_THRESHOLDS.items() if mode in modes and last is innermost]
+    return min(t.wide for t in found), min(t.half for t in found)
 
 
 def threshold(op: str, backend: str, grad: bool) -> int:
