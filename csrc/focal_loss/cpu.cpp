@@ -95,6 +95,17 @@ struct Totals {
     return {(chains[0].loss + chains[1].loss) + (chains[2].loss + chains[3].loss),
             (chains[0].count + chains[1].count) + (chains[2].count + chains[3].count)};
   }
+
+  // The mean's denominator, ahead of the losses.
+  template <class T>
+  double denominator(const SoftmaxRows<T>& rows) const {
+    double count = 0;
+    for (int64_t row = 0; row < rows.rows; ++row) {
+      const int64_t target = rows.target[row];
+      if (target != rows.ignore_index && rows.is_class(target)) count += weight ? weight[target] : Compute(1);
+    }
+    return count;
+  }
 };
 
 // What a forward is given; its losses, or their totals.
@@ -181,35 +192,52 @@ NNFAST_INLINE auto elements(int part) {
   return iota<typename P::Bits>() * P::parts + part;
 }
 
-// Contiguous rows of at least a vector, some at a time.
+// Contiguous rows of at least a vector, some at a time. Of wide types also with their gradient, where `dx` is
+// given: exp(x_j - shift), written as it is summed and scaled while it is in L2.
 template <class T>
 struct LongRows : Forwards<T> {
   using Compute = typename Scalar<T>::Compute;
+  T* dx = nullptr;
+  Compute grad = 1;  // upstream, of each row
   static constexpr int most = 16;
 
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const LongRows self = *this;  // in registers, since what is stored may overlap *this
     RowEnds<T, most> ends;
-    for (int64_t first = begin; first < end; first += most) {
-      const int count = int(std::min<int64_t>(most, end - first));
+    const int64_t in_l2 = (128 << 10) / (self.rows.classes * int64_t(sizeof(T)));
+    const int64_t step = self.dx ? std::clamp<int64_t>(in_l2, 1, most) : most;
+    for (int64_t first = begin; first < end; first += step) {
+      const int count = int(std::min(step, end - first));
       ends.start(self, first, count);
       for (int i = 0; i < count; ++i) {
         const T* const row = self.rows.x + (first + i) * self.rows.classes;
         const bool ignored = ends.target[i] == ends.none;
         const int64_t target = ignored ? -1 : self.rows.target[first + i];
         ends.at_target[i] = ignored ? Compute(0) : Scalar<T>::load(row[target]);
-        const auto running = scan<bytes>(row, self.rows.classes, target);
+        const auto running =
+            self.dx ? scan<bytes, true>(row, self.rows.classes, target, self.row_of_dx(first + i))
+                    : scan<bytes, false>(row, self.rows.classes, target, nullptr);
         ends.shift[i] = running.maximum;
         ends.others[i] = running.sum;
       }
       ends.template finish<bytes>(self, first, count);
       if (self.totals)
         for (int i = 0; i < count; ++i) ends.add_to(self.totals->units[first + i], self.totals->weight, i);
+      for (int i = 0; self.dx && i < count; ++i) {
+        T* const out = self.row_of_dx(first + i);
+        scale<bytes>(out, self.rows.classes, ends.scale[i] * self.grad);
+        if (ends.target[i] != ends.none)
+          out[self.rows.target[first + i]] = Scalar<T>::store(ends.at_target[i] * self.grad);
+        else
+          std::memset(static_cast<void*>(out), 0, self.rows.classes * sizeof(T));
+      }
     }
   }
 
  private:
+  NNFAST_INLINE T* row_of_dx(int64_t row) const { return dx + row * this->rows.classes; }
+
   static constexpr int ways = 4;            // independent accumulators, against latency
   static constexpr int64_t segment = 4096;  // elements that stay in L1 between two passes
 
@@ -227,16 +255,17 @@ struct LongRows : Forwards<T> {
     return across(most[0], [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); });
   }
 
-  // The sum of exp(x_j - shift) over j != target.
-  template <int bytes>
-  static NNFAST_INLINE Compute sum(const T* x, int64_t n, int64_t target, Compute shift) {
+  // The sum of exp(x_j - shift) over j != target. With `keep`, each of them goes to `terms`, the target's
+  // too.
+  template <int bytes, bool keep>
+  static NNFAST_INLINE Compute sum(const T* x, int64_t n, int64_t target, Compute shift, T* terms) {
     using P = Pack<T, bytes>;
     typename P::Compute sums[ways] = {};
     each_pack<P::lanes, ways>(n, [&](int64_t at, int64_t from, int way) __attribute__((always_inline)) {
-      const P pack = P::load(x + at);
+      P pack = P::load(x + at);
       __builtin_prefetch(x + at + n);
       for (int i = 0; i < P::parts; ++i) {
-        auto e = Scalar<T>::Math::template exp<true>(pack.part[i] - shift);
+        auto e = pack.part[i] = Scalar<T>::Math::template exp<true>(pack.part[i] - shift);
         if (from != at || uint64_t(target - at) < P::lanes) [[unlikely]] {
           const auto element = elements<P>(i);
           using Bit = typename Lanes<typename P::Bits>::Element;
@@ -244,22 +273,41 @@ struct LongRows : Forwards<T> {
         }
         sums[way] += e;
       }
+      if constexpr (keep) pack.template store<false>(terms + at);
     });
     for (int way = 1; way < ways; ++way) sums[0] += sums[way];
     return across(sums[0], [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
   }
 
-  template <int bytes>
-  static NNFAST_INLINE RunningSum<Compute> scan(const T* x, int64_t classes, int64_t target) {
+  // Terms that are kept are those of the row's maximum.
+  template <int bytes, bool keep>
+  static NNFAST_INLINE RunningSum<Compute> scan(const T* x, int64_t classes, int64_t target, T* terms) {
     RunningSum<Compute> running;
     for (int64_t begin = 0; begin < classes;) {
-      const int64_t left = classes - begin, n = left < 2 * segment ? left : segment;
+      const int64_t left = classes - begin, n = keep || left < 2 * segment ? left : segment;
       const Compute most = maximum<bytes>(x + begin, n);
       if (most > running.maximum) running.template raise<Precise>(most);
-      running.sum += sum<bytes>(x + begin, n, target < 0 ? -1 : target - begin, running.maximum);
+      running.sum += sum<bytes, keep>(x + begin, n, target < 0 ? -1 : target - begin, running.maximum, terms);
       begin += n;
     }
     return running;
+  }
+
+  template <int bytes>
+  static NNFAST_INLINE void scale(T* x, int64_t n, Compute factor) {
+    using P = Pack<T, bytes>;
+    each_pack<P::lanes, 4>(n, [&](int64_t at, int64_t from, int) __attribute__((always_inline)) {
+      P pack = P::load(x + at);
+      for (int i = 0; i < P::parts; ++i) {
+        typename P::Compute factors = typename P::Compute{} + factor;
+        if (from != at) [[unlikely]]
+          factors = elements<P>(i) < typename Lanes<typename P::Bits>::Element(from - at)
+                        ? typename P::Compute{} + 1
+                        : factors;
+        pack.part[i] *= factors;
+      }
+      pack.template store<false>(x + at);
+    });
   }
 };
 
@@ -776,12 +824,23 @@ struct FocalDevice : Device {
     bad.raise(rows);
   }
 
- private:
+  // Both in one pass over memory: totals and gradient of long rows.
+  template <class T>
+  static void softmax_both(const SoftmaxRows<T>& rows, const SoftmaxLoss<T>& to, Totals<T>& totals, T grad,
+                           T* dx) {
+    BadTarget bad;
+    totals.units.resize(rows.rows);
+    expect_writes(dx, rows.rows * rows.classes * sizeof(T));
+    parallel(rows.rows, grain(rows), LongRows<T>{{rows, to, &bad, &totals}, dx, grad});
+    bad.raise(rows);
+  }
+
   template <class T>
   static bool is_long(const SoftmaxRows<T>& rows) {
     return rows.inner == 1 && rows.classes >= long_row;
   }
 
+ private:
   // Rows, and tiles of them, that are worth a thread.
   template <class T>
   static int64_t grain(const SoftmaxRows<T>& rows) {
@@ -826,6 +885,33 @@ struct CpuFocalLoss : FocalLoss<FocalDevice> {
     });
   }
 
+  // (factor * sum of losses / denominator, its gradient), of long rows in wide types.
+  static std::tuple<Tensor, Tensor> total_and_gradient(const Tensor& x, const Tensor& target,
+                                                       const Alpha& alpha, const Alpha& weight, double gamma,
+                                                       int64_t ignore_index, bool mean, double factor) {
+    return dispatch(softmax_name, x, [&](auto element) -> std::tuple<Tensor, Tensor> {
+      using T = decltype(element);
+      if constexpr (sizeof(T) < sizeof(float)) {
+        fail(softmax_name, ": x has dtype ", describe(x.scalar_type()),
+             "; its gradient is made along with its loss in float32 and float64");
+      } else {
+        const Arguments<T> arguments(x, target, true);
+        const Alpha alphas = arguments.per_class("alpha", alpha);
+        const Alpha weights = arguments.per_class("weight", weight);
+        check_gamma(softmax_name, gamma);
+        Tensor slopes = arguments.new_slopes(), dx = new_like(arguments.x);
+        const SoftmaxRows<T> rows = arguments.rows(slopes.mutable_data_ptr(), ignore_index);
+        check(FocalDevice::is_long(rows), softmax_name, ": x has shape ", describe(x.sizes()),
+              "; its gradient is made along with its loss from ", FocalDevice::long_row, " classes on");
+        Totals<T> totals{{}, arguments.values(weights)};
+        const double scale = factor / (mean ? totals.denominator(rows) : 1);
+        FocalDevice::softmax_both(rows, SoftmaxLoss<T>{nullptr, arguments.values(alphas), Power<T>(gamma)},
+                                  totals, T(scale), static_cast<T*>(dx.mutable_data_ptr()));
+        return {scalar<T>(x, totals.all().loss * scale), dx};
+      }
+    });
+  }
+
   static Tensor total_backward(const Tensor& grad, const Tensor& denominator, const Tensor& x,
                                const Tensor& target, const Tensor& slopes, int64_t ignore_index) {
     return dispatch(softmax_name, x, [&](auto element) {
@@ -861,4 +947,5 @@ STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   nnfast::cpu::CpuFocalLoss::add_to(m);
   m.impl("softmax_focal_loss_total", TORCH_BOX(&nnfast::cpu::CpuFocalLoss::total));
   m.impl("softmax_focal_loss_total_backward", TORCH_BOX(&nnfast::cpu::CpuFocalLoss::total_backward));
+  m.impl("softmax_focal_loss_total_and_gradient", TORCH_BOX(&nnfast::cpu::CpuFocalLoss::total_and_gradient));
 }

@@ -31,6 +31,10 @@ THRESHOLDS: dict[tuple[str, str], Threshold] = {
 }
 
 
+GRADIENT_IN_FORWARD = 1 << 18
+"""Bytes of a row up to which a focal loss on the CPU makes its gradient along with itself, in a cache."""
+
+
 @dataclass(frozen=True)
 class NormThreshold:
     """From where on a backend's batch norm beats torch's own.

@@ -1,7 +1,7 @@
 """Focal loss as operations: schemas, fakes, autograd, and who can serve.
 
-Four opaque operators, and the same again as overload `triton`; and two with kernels on the CPU alone, where
-they save the losses' way through memory and torch's passes over them:
+Four opaque operators, and the same again as overload `triton`; and three with kernels on the CPU alone, of
+sums and means, which save the losses' way through memory. The last makes the gradient of long rows as well:
 
     nnfast::softmax_focal_loss(x, target, alpha, gamma, ignore_index) -> (loss, slopes)
     nnfast::softmax_focal_loss_backward(grad, x, target, slopes, ignore_index) -> gradient
@@ -10,6 +10,8 @@ they save the losses' way through memory and torch's passes over them:
     nnfast::softmax_focal_loss_total(x, target, alpha, weight, gamma, ignore_index, mean)
         -> (sum of losses / denominator, denominator, slopes)
     nnfast::softmax_focal_loss_total_backward(grad, denominator, x, target, slopes, ignore_index) -> gradient
+    nnfast::softmax_focal_loss_total_and_gradient(x, target, alpha, weight, gamma, ignore_index, mean, factor)
+        -> (factor * sum of losses / denominator, its gradient)
 
 Those of softmax take x: (N, C, S), target: (N, S), alpha: (C,), and give losses (N, S) in the compute dtype:
 float64 for float64, else float32. Slopes (3, N, S), in that dtype too, are what `gradient_from_slopes` of
@@ -145,6 +147,14 @@ _total_backward = define(
 )
 
 
+_total_and_gradient = define(
+    LIBRARY,
+    "softmax_focal_loss_total_and_gradient(Tensor x, Tensor target, Tensor? alpha, Tensor? weight, "
+    "float gamma, int ignore_index, bool mean, float factor) -> (Tensor, Tensor)",
+    lambda x, *_: (x.new_empty((), dtype=compute_dtype(x)), x.new_empty(x.shape)),
+)
+
+
 class _SoftmaxTotal(torch.autograd.Function):
     """Sum or mean of the losses of rows. Saves the arguments, the slopes and the denominator."""
 
@@ -170,13 +180,57 @@ class _SoftmaxTotal(torch.autograd.Function):
         x, target, alpha, slopes, denominator = ctx.saved_tensors
         result: Tensor
         if needs_formula(grad, x):
-            rows, targets = _deep(x, target)
-            grad = (grad / denominator).expand(targets.shape)
-            result = reference.softmax_focal_loss_backward(grad, rows, targets, alpha, *ctx.options)
-            result = result.reshape(x.shape)
+            result = _total_formula(grad, denominator, x, target, alpha, *ctx.options)
         else:
             result = _total_backward(grad, denominator, x, target, slopes, ctx.options[1])
         return result, None, None, None, None, None, None
+
+
+class _SoftmaxTotalAndGradient(torch.autograd.Function):
+    """The same times `factor`, with the gradient made in forward; for a second one all is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        loss: Tensor
+        loss, ctx.gradient = _total_and_gradient(x, target, *rest)
+        alpha, weight, *ctx.options = rest
+        ctx.save_for_backward(x, target, alpha, weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, alpha, weight = ctx.saved_tensors
+        gamma, ignore_index, mean, factor = ctx.options
+        result, ctx.gradient = ctx.gradient, None
+        formula = needs_formula(grad, x)
+        upstream = math.nan if formula else grad.item()
+        if result is None or not math.isfinite(upstream):  # not to be had from it: inf * 0 is not 0
+            with torch.no_grad():
+                _, denominator, slopes = _total(x, target, alpha, weight, gamma, ignore_index, mean)
+            grad = grad * factor
+            if formula:
+                result = _total_formula(grad, denominator, x, target, alpha, gamma, ignore_index)
+            else:
+                result = _total_backward(grad, denominator, x, target, slopes, ignore_index)
+        elif upstream != 1:
+            result.mul_(upstream)
+        return result, *(None,) * 7
+
+
+def _total_formula(
+    grad: Tensor,
+    denominator: Tensor,
+    x: Tensor,
+    target: Tensor,
+    alpha: Tensor | None,
+    gamma: float,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient of a total, differentiable."""
+    rows, targets = _deep(x, target)
+    upstream = (grad / denominator).expand(targets.shape)
+    result = reference.softmax_focal_loss_backward(upstream, rows, targets, alpha, gamma, ignore_index)
+    return result.reshape(x.shape)
 
 
 def _deep(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,6 +239,7 @@ def _deep(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _softmax_total = super(torch.autograd.Function, _SoftmaxTotal).apply
+_softmax_total_and_gradient = super(torch.autograd.Function, _SoftmaxTotalAndGradient).apply
 
 
 def _run_total(
@@ -195,15 +250,32 @@ def _run_total(
     gamma: float,
     ignore_index: int,
     mean: bool,
+    factor: Number | Tensor,
 ) -> Tensor:
-    """The losses' sum or mean by the kernels on the CPU; not under transforms."""
+    """`factor` times the losses' sum or mean by the kernels on the CPU; not under transforms."""
     result: Tensor
-    if x.requires_grad and torch.is_grad_enabled():
-        apply = _SoftmaxTotal.apply if is_compiling() else _softmax_total
-        result = apply(x, target, alpha, weight, gamma, ignore_index, mean)  # type: ignore[no-untyped-call]
+    args = x, target, alpha, weight, gamma, ignore_index, mean
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        result = _total(*args)[0]
+    elif is_compiling():
+        result = _SoftmaxTotal.apply(*args)  # type: ignore[no-untyped-call]
+    elif _worth_gradient(x) and not isinstance(factor, Tensor):
+        return _softmax_total_and_gradient(*args, float(factor))  # type: ignore[no-untyped-call, no-any-return]
     else:
-        result = _total(x, target, alpha, weight, gamma, ignore_index, mean)[0]
-    return result
+        result = _softmax_total(*args)  # type: ignore[no-untyped-call]
+    return scaled(result, factor)
+
+
+def _worth_gradient(x: Tensor) -> bool:
+    """Long rows are worth reading once; half types would lose digits where a gradient is scaled."""
+    return (
+        x.dtype == compute_dtype(x)
+        and _LONG_ROW <= x.shape[1] <= tuning.GRADIENT_IN_FORWARD // x.itemsize
+        and (x.dim() == 2 or x.shape[2] == 1)
+    )
+
+
+_LONG_ROW = 64  # FocalDevice::long_row
 
 
 class _SoftmaxTransformed(torch.autograd.Function):
@@ -381,7 +453,8 @@ def _run_softmax(
 ) -> Tensor:
     """Reduce `losses(x, target, alpha, weight, gamma, ignore_index, label_smoothing)` -> (N, S).
 
-    Or by `total(x, target, alpha * weight, weight, gamma, ignore_index, mean)`, where losses are of kernels.
+    Or by `total(x, target, alpha * weight, weight, gamma, ignore_index, mean, factor)`, where losses are of
+    kernels.
     """
     x = _rows(inputs)
     target = _targets(targets, x)
@@ -391,8 +464,8 @@ def _run_softmax(
     weight = None if weight is None else weight.to(dtype)
     if total is not None and reduction != "none" and not transformed():
         scale = product(of_class, weight)
-        loss = total(x, target, scale, weight, float(gamma), ignore_index, reduction == "mean")
-        return _as_given(inputs, scaled(loss, factor), dtype)
+        loss = total(x, target, scale, weight, float(gamma), ignore_index, reduction == "mean", factor)
+        return _as_given(inputs, loss, dtype)
     loss = losses(x, target, of_class, weight, float(gamma), ignore_index, label_smoothing)
     if reduction == "none":
         loss = loss.reshape(
@@ -647,6 +720,13 @@ def _softmax_total_forward(
     return loss.sum() / denominator, denominator, slopes.reshape(shape)
 
 
+def _softmax_total_and_gradient_forward(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, factor = rest
+    loss, denominator, slopes = _softmax_total_forward(x, target, *options)
+    scale = loss.new_full((), factor)
+    return loss * factor, _softmax_total_backward(scale, denominator, x, target, slopes, options[3])
+
+
 def _softmax_total_backward(
     grad: Tensor, denominator: Tensor, x: Tensor, target: Tensor, slopes: Tensor, ignore_index: int
 ) -> Tensor:
@@ -685,6 +765,9 @@ SIGMOID = FocalLoss(
 )
 LIBRARY.impl("softmax_focal_loss_total", _softmax_total_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("softmax_focal_loss_total_backward", _softmax_total_backward, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "softmax_focal_loss_total_and_gradient", _softmax_total_and_gradient_forward, "CompositeExplicitAutograd"
+)
 implement("softmax_focal_loss", _softmax_forward, _softmax_in_triton)
 implement("softmax_focal_loss_backward", reference.gradient_from_slopes, _in_triton("softmax_backward"))
 implement("sigmoid_focal_loss", reference.sigmoid_focal_loss, _in_triton("sigmoid_forward"))
@@ -711,12 +794,13 @@ def softmax_focal_loss(
     name = "nnfast.softmax_focal_loss"
     if weight is None and not label_smoothing and _is_plain(inputs, targets, alpha, gamma, reduction):
         try:
-            loss = _run_total(inputs, targets, None, None, float(gamma), ignore_index, reduction == "mean")
+            mean = reduction == "mean"
+            loss = _run_total(inputs, targets, None, None, float(gamma), ignore_index, mean, alpha)
         except RuntimeError as error:
             if message := out_of_range(targets, inputs.shape[1], ignore_index):
                 raise IndexError(f"{name}: {message}") from error
             raise
-        return _as_given(inputs, scaled(loss, alpha), loss.dtype)
+        return _as_given(inputs, loss, loss.dtype)
     _check_tensors(name, inputs, targets)
     check_options(name, gamma, reduction)
     if not inputs.dim():

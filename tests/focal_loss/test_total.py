@@ -7,9 +7,11 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -22,7 +24,19 @@ pytestmark = pytest.mark.skipif(
     bool(extension.why_not("softmax_focal_loss_total", "CPU")), reason="built without CPU kernels"
 )
 # a tile and less, whole packs and what is left, a row longer than a pack, long rows, strided ones
-SHAPES = [(1, 1), (7, 2), (64, 3), (67, 10), (130, 16), (65, 40), (33, 63), (5, 64), (40, 1000), (3, 11, 50)]
+SHAPES = [
+    (1, 1),
+    (7, 2),
+    (64, 3),
+    (67, 10),
+    (130, 16),
+    (65, 40),
+    (33, 63),
+    (5, 64),
+    (40, 1000),
+    (2, 20_003),
+    (3, 11, 50),
+]
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,12 +66,17 @@ def test_against_formula(shape, dtype, gamma, mean):
     result = op._total_backward(grad, denominator, x, target, slopes, -100)
     upstream = (0.75 / count).expand(targets.shape)
     expected = reference.softmax_focal_loss_backward(upstream, rows, targets, weight.double(), gamma, -100)
+    expected = expected.reshape(x.shape)
     assert_close(
         result.double(),
-        expected.reshape(x.shape),
+        expected,
         rtol=torch.finfo(dtype).eps + 64 * eps + fast,
         atol=8 * eps,
     )
+    if op._worth_gradient(x):
+        both = op._total_and_gradient(x, target, weight, weight if mean else None, gamma, -100, mean, 0.75)
+        assert_close(both[0].double(), 0.75 * truth / count, rtol=16 * eps, atol=eps)
+        assert_close(both[1].double(), expected, rtol=64 * eps, atol=8 * eps)
 
 
 @pytest.mark.parametrize("shape", [(67, 10), (40, 1000), (3, 11, 50)], ids=str)
@@ -67,6 +86,8 @@ def test_opcheck(shape):
     torch.library.opcheck(op._total, args)
     _, denominator, slopes = op._total(*args)
     torch.library.opcheck(op._total_backward, (torch.ones(()), denominator, x, target, slopes, -100))
+    if op._worth_gradient(x):
+        torch.library.opcheck(op._total_and_gradient, (*args, 0.5))
 
 
 @pytest.mark.parametrize("shape", [(100_003, 10), (3001, 1000), (31, 11, 503)], ids=str)
@@ -79,15 +100,81 @@ def test_as_many_threads_as_there_are(shape):
         for count in (1, 2, 2, 5):
             torch.set_num_threads(count)
             found.append(op._total(x, target, None, weight, 2.0, -100, True))
+            if op._worth_gradient(x):
+                found[-1] += op._total_and_gradient(x, target, None, weight, 2.0, -100, True, 0.5)
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def long_rows(alpha: float = 0.25, **options: Any) -> tuple[Tensor, Tensor]:
+    """Logits, a row of them without a target, and their loss, whose gradient was made along with it."""
+    x, target, _ = sample((40, 1000), torch.float32)
+    loss = nnfast.functional.softmax_focal_loss(x.requires_grad_(), target, alpha, **options)
+    assert loss.grad_fn.name() == "_SoftmaxTotalAndGradientBackward"
+    return x, loss
+
+
+def formula(x: Tensor, target: Tensor, alpha: float, upstream: float) -> Tensor:
+    exact = x.detach().double().requires_grad_()
+    ce = F.cross_entropy(exact, target, reduction="none")
+    loss = (alpha * (1 - torch.exp(-ce)) ** 2 * ce).sum() / (target != -100).sum()
+    return torch.autograd.grad(loss, exact, torch.tensor(upstream, dtype=torch.float64))[0]
+
+
+@pytest.mark.parametrize("alpha", [1, 0.25])
+@pytest.mark.parametrize("upstream", [1.0, -0.5, 0.0])
+def test_gradient_made_in_forward(upstream, alpha):
+    x, loss = long_rows(alpha)
+    target = sample((40, 1000), torch.float32)[1]
+    expected = formula(x, target, alpha, upstream)
+    grad = torch.tensor(upstream)
+    (first,) = torch.autograd.grad(loss, x, grad, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, x, 3 * grad, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, x, grad, create_graph=True)
+    for found, scale in ((first, 1), (second, 3), (third.detach(), 1)):
+        assert_close(found.double(), scale * expected, rtol=1e-5, atol=1e-9)
+    assert third.requires_grad
+    assert torch.equal(first, kept)  # what was given away is not written to again
+
+
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_upstream_is_not_finite(upstream):
+    x, loss = long_rows()
+    loss.backward(torch.tensor(upstream))
+    assert not x.grad[:-1].isfinite().any()
+    assert not x.grad[-1].any()  # has no target
+
+
+def test_logits_changed_before_backward():
+    x, loss = long_rows()
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_backward_again_without_its_graph():
+    x, loss = long_rows()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_gradient_is_made_of_what_it_can_be():
+    x, target, _ = sample((40, 1000), torch.float32)
+    for bad, message in ((x.half(), "dtype Half"), (x[:, :63].contiguous(), "from 64 classes on")):
+        with pytest.raises(RuntimeError, match=message):
+            op._total_and_gradient(bad, target.clamp(max=62), None, None, 2.0, -100, True, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (3, 66)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_second_derivatives(reduction):
-    x, target, _ = sample((9, 8), torch.float64)
+def test_second_derivatives(reduction, shape):
+    x, target, _ = sample(shape, torch.float64)
     x.requires_grad_()
 
     def loss(x: Tensor) -> Tensor:
@@ -113,9 +200,11 @@ def test_rows_without_a_target():
     assert nnfast.functional.softmax_focal_loss(x, target, reduction="sum") == 0
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("shape", [(67, 10), (40, 1000)], ids=str)
-def test_no_class(shape):
+def test_no_class(shape, grad):
     x, target, _ = sample(shape, torch.float32)
+    x.requires_grad_(grad)
     target[21] = shape[1]
     with pytest.raises(IndexError, match=rf"class {shape[1]} at index 21;"):
         nnfast.functional.softmax_focal_loss(x, target)
