@@ -871,10 +871,10 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
     if len(units) == 1:
         ours = _winograd_serves(units[0].conv, x) and not winograd.not_worth(x, weights[0])
         return ours or (differentiates and x.requires_grad and stride > 1)
-    if not differentiates:
-        return True
     ours = all(unit[0].kernel_size == (3, 3) for unit in units) and stride == 1
     ours = ours and not extension.why_not(winograd.NAME, "CPU")
+    if not differentiates:
+        return x.numel() >= (tuning.WINOGRAD_ELEMENTS if ours else tuning.CHANNELS_LAST_ELEMENTS)
     least = tuning.WINOGRAD_PIXELS if ours else tuning.CHANNELS_LAST_PIXELS
     return x[0, 0].numel() >= least * stride**2
 

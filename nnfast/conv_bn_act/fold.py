@@ -12,8 +12,10 @@ as it writes the convolution's result; on CUDA cuDNN does, for relu.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,11 +42,11 @@ class Folded:
     __slots__ = ("bias", "calls", "eps", "geometry", "reordered", "snapshot", "transformed", "weight")
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
-        sources = _sources(conv, bn)
-        self.snapshot = Snapshot(sources)  # first: what changes meanwhile is seen later
+        given = sources(conv, bn)
+        self.snapshot = Snapshot(given)  # first: what changes meanwhile is seen later
         self.eps: float = bn.eps  # type: ignore[assignment]
         self.geometry = _geometry(conv)
-        weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in sources)
+        weight, bias, gamma, beta, mean, var, _ = (None if t is None else t.detach() for t in given)
         with torch.inference_mode(False), torch.no_grad():
             scale = (var.double() + self.eps).rsqrt()  # type: ignore[union-attr]
             scale = scale if gamma is None else scale * gamma
@@ -69,7 +71,7 @@ class Folded:
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
         same = self.eps == bn.eps and self.geometry == _geometry(conv)
-        return same and self.snapshot.holds(_sources(conv, bn))
+        return same and self.snapshot.holds(sources(conv, bn))
 
     def reorder(self, conv: nn.Conv2d, padding: Any, shape: torch.Size) -> Tensor:
         """The weight in oneDNN's own order for inputs of a shape, the first time it is asked for."""
@@ -113,7 +115,8 @@ def forget(conv: nn.Module, bn: nn.Module) -> None:
         of_conv.pop(bn, None)
 
 
-def _sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
+def sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
+    """The tensors that go into a folded convolution."""
     own, norm, running = conv._parameters, bn._parameters, bn._buffers
     return (
         own["weight"],
@@ -182,17 +185,17 @@ def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor 
     if reasons := unplain(conv, bn):
         return reasons
     assert isinstance(conv, nn.Conv2d)
-    sources = _sources(conv, bn)
-    weight, mean, var = sources[0], sources[4], sources[5]
+    given = sources(conv, bn)
+    weight, mean, var = given[0], given[4], given[5]
     if bn.training or mean is None or var is None:
         reasons.append("bn normalises with the statistics of the batch")
     if weight is None:
         return [*reasons, "conv has no weight"]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *sources)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *given)):
         reasons.append("a gradient is asked for; folding is for inference")
-    if any(t is not None and t.is_inference() for t in sources):
+    if any(t is not None and t.is_inference() for t in given):
         reasons.append("parameters are inference tensors, which have no version counter to see changes by")
-    if any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in sources):
+    if any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in given):
         reasons.append("parameters are not plain tensors")
     reasons += plain_why_not("x", x)
     if x.dim() != 4 or x.shape[1] != conv.in_channels or not x.numel():
@@ -201,9 +204,9 @@ def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor 
         return [*reasons, f"x is on {x.device}; folding is for the CPU and CUDA"]
     if torch.is_autocast_enabled(x.device.type):
         reasons.append("under autocast, which picks the types of each step")
-    if weight.dtype != x.dtype or (sources[1] is not None and sources[1].dtype != x.dtype):
+    if weight.dtype != x.dtype or (given[1] is not None and given[1].dtype != x.dtype):
         reasons.append(f"x has dtype {x.dtype}, conv {weight.dtype}")
-    if any(t is not None and t.device != x.device for t in sources):
+    if any(t is not None and t.device != x.device for t in given):
         reasons.append("x and the parameters are on several devices")
     if reasons:
         return reasons
@@ -286,18 +289,80 @@ def run_again(
     how = found.calls.get(_call(x, residual, act))
     if how is None or unplain(conv, bn) or not found.holds(conv, bn):  # type: ignore[arg-type]
         return None
-    return how(found, conv, x, residual, act, negative_slope)
+    y = how(found, conv, x, residual, act, negative_slope)
+    calls: Calls | None = getattr(_NOTES, "calls", None)
+    if calls is not None:
+        calls.append(Call(how, found, conv, bn, x, residual, act, negative_slope, y))
+    return y
 
 
-def _call(x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | None:
-    """What who serves a call depends on, beside the modules; None where it is asked every time."""
+class Call(NamedTuple):
+    """One that was made again, and its result."""
+
+    how: Run
+    found: Folded
+    conv: nn.Module
+    bn: nn.Module
+    x: Tensor
+    residual: Tensor | None
+    act: str
+    slope: float
+    result: Tensor
+
+
+class Other(NamedTuple):
+    """A call of a module, and its result."""
+
+    module: nn.Module
+    x: Tensor
+    result: Tensor
+
+
+Calls = list[Call | Other]
+
+
+@contextmanager
+def noting() -> Iterator[Calls]:
+    """Notes what `run_again` and `call_module` do in this thread; not what an inner one notes."""
+    before = getattr(_NOTES, "calls", None)
+    calls: Calls = []
+    _NOTES.calls = calls
+    try:
+        yield calls
+    finally:
+        _NOTES.calls = before
+
+
+def call_module(module: Any, x: Any) -> Any:
+    """module(x), as one call."""
+    calls: Calls | None = getattr(_NOTES, "calls", None)
+    if calls is None:
+        return module(x)
+    with noting():
+        y = module(x)
+    calls.append(Other(module, x, y))
+    return y
+
+
+_NOTES = threading.local()
+
+
+def call_like(x: Tensor) -> tuple[Any, ...] | None:
+    """What who serves a call on x depends on, beside the modules; None where it is asked every time."""
     if not x.is_cpu or type(x) is not Tensor or x.layout is not torch.strided or torch.is_grad_enabled():
         return None
     state = (torch.is_autocast_enabled("cpu"), torch._C._get_mkldnn_enabled())
-    call: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, act, state)
-    if residual is not None:
-        call += (residual.shape, residual.dtype, residual.device, type(residual), residual.layout)
-    return call
+    return x.shape, x.stride(), x.dtype, state
+
+
+def _call(x: Tensor, residual: Tensor | None, act: str) -> tuple[Any, ...] | None:
+    """The same with a residual and an activation."""
+    known = call_like(x)
+    if known is None:
+        return None
+    if residual is None:
+        return *known, act
+    return *known, act, residual.shape, residual.dtype, residual.device, type(residual), residual.layout
 
 
 def run(
@@ -319,7 +384,9 @@ def _quick(conv: nn.Conv2d, x: Tensor) -> bool:
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     if not (plain and x.is_cpu and x.dtype is torch.float32):
         return False
-    if conv.weight.numel() > tuning.QUICK_WEIGHTS or math.prod(output_shape(conv, x)) > tuning.QUICK_RESULT:
+    pointwise = conv.kernel_size == (1, 1) and x.is_contiguous()
+    most = tuning.QUICK_POINTWISE if pointwise else tuning.QUICK_WEIGHTS
+    if conv.weight.numel() > most or math.prod(output_shape(conv, x)) > tuning.QUICK_RESULT:
         return False
     options = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
     chosen = torch._C._select_conv_backend(x, conv.weight, None, *options)

@@ -6,8 +6,10 @@ without it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ def _load() -> str:
 
 ERROR = _load()
 """Why the library is not loaded, in the loader's words; "" if it is."""
+
+
+@functools.cache
+def function(name: str) -> Callable[..., int] | None:
+    """A plain C function of the library, called with Python's lock held; None if there is no library."""
+    return None if ERROR else getattr(ctypes.PyDLL(str(PATH)), name, None)
 
 
 @functools.cache

@@ -274,15 +274,18 @@ run inside in channels_last: with smaller ones weights are large, and to reorder
 WINOGRAD_PIXELS = 14 * 14
 """The same where all convolutions are Winograd's, which take no other order."""
 
+CHANNELS_LAST_ELEMENTS, WINOGRAD_ELEMENTS = 3 << 17, 3 << 16
+"""Fewest elements of a residual block's input for which both hold in inference."""
+
 LEAST_LAYOUT = 1 << 16
 """Fewest elements of an image that we bring into another memory format on the CPU."""
 
 RECOMPUTE_PRODUCTS = 512
 """Fewest products of an element with weights for which to compute it again costs little beside them: 3%."""
 
-QUICK_WEIGHTS, QUICK_RESULT = 1 << 16, 1 << 17
-"""Most weights, and elements of the result, for which a folded convolution that torch.conv2d does without
-oneDNN, of a small image or in one thread, is faster so: oneDNN takes longer to call."""
+QUICK_WEIGHTS, QUICK_POINTWISE, QUICK_RESULT = 5 << 15, 1 << 19, 1 << 17
+"""Most weights, those of 1x1 on contiguous images, and elements of a result, for which a folded convolution
+that torch.conv2d does without oneDNN, of a small image or in one thread, is faster so: quick to call."""
 
 FOLDED_SHAPES = 4
 """Shapes of input for which the reordered weights of a folded convolution are kept."""

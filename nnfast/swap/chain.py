@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..activation import module as activation
-from ..conv_bn_act import blocks
+from ..conv_bn_act import blocks, fold
 from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
@@ -270,9 +270,46 @@ def run(items: list[Any], x: Any, ordinary: bool | None = None) -> Any:
             add, at = items[at], at + 1 + (act is not None)
             x = _add_after(x, add, act or IDENTITY, last, fresh=False)
         else:
-            x = items[at](x)
+            x = fold.call_module(items[at], x)
             at += 1
     return x
+
+
+def expected_calls(items: list[Any]) -> list[Any] | None:
+    """What `run` comes to where it is nothing but folded convolutions, each as (convolution, batch norm, with
+    a residual, activation), and modules that are known to keep to shapes; else None."""
+    found: list[Any] = []
+    at = 0
+    while at < len(items):
+        chain = match(items, at)
+        if chain is None and _keeps_shapes(items[at]):
+            found.append(items[at])
+            at += 1
+            continue
+        if chain is None or chain.conv is None:
+            return None
+        if chain.add is not None:
+            head, conv, norm = _tail(chain.add.items)
+            if head or (conv is None) != (norm is None):
+                return None
+            if conv is not None:
+                found.append((conv, norm, False, IDENTITY))
+        found.append((chain.conv, chain.norm, chain.add is not None, chain.act))
+        at += chain.length
+    return found
+
+
+def _keeps_shapes(item: Any) -> bool:
+    """A module whose result for inputs of one shape has one shape."""
+    cls = type(item)
+    return cls.__module__ in _KEEP_SHAPES or f"{cls.__module__}.{cls.__qualname__}" in _KEEP_SHAPES
+
+
+_KEEP_SHAPES = {
+    *("torch.nn.modules.activation", "torch.nn.modules.pooling", activation.__name__),
+    *("torchvision.ops.misc.SqueezeExcitation", "timm.layers.squeeze_excite.SEModule"),
+    "timm.models._efficientnet_blocks.SqueezeExcite",
+}
 
 
 def _run_convolutions(items: list[Any], at: int, first: Chain, x: Tensor) -> tuple[Tensor, int]:

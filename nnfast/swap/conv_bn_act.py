@@ -29,6 +29,7 @@ from .chain import (
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
 from .read import Program, UnreadableError, read
+from .replay import Replays
 from .rule import Proposal, public_name
 
 _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.modules)
@@ -97,7 +98,8 @@ def _proposals(
     proposals = []
     if found and not obstacles:
         made = subclass(changes["__class__"], type(module))
-        changes = {**changes, "__class__": made, "_nnfast_extent": extent(module.modules())}
+        own = {"_nnfast_extent": extent(module.modules()), "_nnfast_replays": Replays()}
+        changes = {**changes, "__class__": made, **own}
         proposals.append(Proposal(old, f"fused {_listed(found)}", changes))
     elif found:
         kept = [*obstacles, *kept]

@@ -1,0 +1,196 @@
+"""What an inference of a swapped module came to, done again at once.
+
+To find chains and who serves them takes Python longer than small images take to compute. Where all that a
+module did was to run convolutions with batch norms folded into them, these calls are kept for inputs like
+that one, and repeated as long as nothing has changed that they depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+
+from ..conv_bn_act import blocks, fold
+from ..core import tuning
+from ..core.op import forced
+from ..core.operator import transformed
+from ..core.snapshot import Snapshot
+from .chain import expected_calls
+
+
+class Replays:
+    """Of one module, by what is known of the input. A copy has its own."""
+
+    __slots__ = ("found", "tried")
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Replay] = {}
+        self.tried: dict[Any, int] = {}
+
+    def __deepcopy__(self, memo: Any) -> Replays:
+        return Replays()
+
+    def __reduce__(self) -> Any:
+        return Replays, ()
+
+
+class _Step(NamedTuple):
+    """A call of a folded convolution, or without `how` of a module; input and residual are indices of
+    results, 0 the module's input."""
+
+    how: fold.Run | None
+    found: Any
+    conv: Any
+    source: int
+    residual: int | None
+    act: str
+    slope: float
+    drops: tuple[int, ...]
+
+
+class Replay:
+    """The calls, and what has to stay as it was."""
+
+    __slots__ = ("hooks", "modules", "snapshot", "sources", "steps", "uses")
+
+    def __init__(self, module: nn.Module, snapshot: Snapshot, steps: list[_Step]) -> None:
+        self.snapshot, self.steps = snapshot, steps
+        self.uses = 0
+        self.modules = []
+        self.hooks: list[Any] = []
+        self.sources = []
+        for each in module.modules():
+            state, children = vars(each), each._modules
+            self.modules.append(
+                (each, type(each), state, tuple(state.values()), children, tuple(children.values()))
+            )
+            self.hooks += [
+                each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks,
+            ]  # fmt: skip
+            for tensors in (each._parameters, each._buffers):
+                if tensors:
+                    self.sources.append((tensors, tuple(map(id, tensors.values())), tuple(tensors.values())))
+
+    def holds(self) -> bool:
+        """Modules, hooks, attributes and weights are what they were."""
+        for module, cls, state, values, children, known in self.modules:
+            if type(module) is not cls or tuple(state.values()) != values:
+                return False
+            if children and tuple(children.values()) != known:
+                return False
+        for tensors, ids, _ in self.sources:  # which are held, so that no other has their id
+            if tuple(map(id, tensors.values())) != ids:
+                return False
+        return not any(self.hooks) and self.snapshot.unchanged()
+
+    def run(self, x: Tensor) -> Tensor:
+        """The result."""
+        self.uses += 1
+        values: list[Any] = [x]
+        for how, found, conv, source, residual, act, slope, drops in self.steps:
+            if how is None:
+                values.append(found(values[source]))
+            else:
+                added = None if residual is None else values[residual]
+                values.append(how(found, conv, values[source], added, act, slope))
+            for index in drops:
+                values[index] = None
+        return values[-1]  # type: ignore[no-any-return]
+
+
+def again(module: nn.Module, x: Any, holds: Callable[[nn.Module], bool] | None = None) -> Tensor | None:
+    """The module's result for x, if it is known what comes to it; holds: what else has to."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        return None
+    replays: Replays | None = module.__dict__.get("_nnfast_replays")
+    if not replays or not replays.found:
+        return None
+    key = fold.call_like(x)
+    found = replays.found.get(key)
+    if found is None or not _plain_call():
+        return None
+    try:
+        same = found.holds() and (holds is None or holds(module))
+    except RuntimeError:  # an attribute is a tensor now, say: neither equal nor not
+        same = False
+    if same:
+        return found.run(x)
+    del replays.found[key]
+    if found.uses > 1:  # else it will change again
+        del replays.tried[key]
+    return None
+
+
+def _plain_call() -> bool:
+    """Nobody watches, transforms or forces."""
+    return (
+        forced() is None
+        and not blocks.observers
+        and not transformed()
+        and torch._C._get_tracing_state() is None
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def noted(module: nn.Module, x: Tensor, items: list[Any], run: Callable[[], Any]) -> Any:
+    """run(): the items called one after another on x, the module's input. What that comes to is kept."""
+    replays: Replays | None = module.__dict__.get("_nnfast_replays")
+    if replays is None or torch.is_grad_enabled() or not _plain_call():
+        return run()
+    key = fold.call_like(x)
+    tried = replays.tried.get(key, 0)
+    if key is None or tried >= _TRIES:
+        return run()
+    if len(replays.tried) >= tuning.FOLDED_CALLS:
+        replays.found, replays.tried = {}, {}
+    replays.tried[key] = tried + 1
+    expected = expected_calls(items)
+    if expected is None:
+        return run()
+    tensors = [t for part in expected if type(part) is tuple for t in fold.sources(*part[:2])]
+    snapshot = Snapshot(tensors)  # first: what changes meanwhile is seen later
+    with fold.noting() as calls:
+        result = run()
+    if steps := _steps(x, expected, calls, result):
+        replays.found[key] = Replay(module, snapshot, steps)
+    return result
+
+
+_TRIES = 4
+"""How often a call is looked at: at the first ones it is still found out who serves."""
+
+
+def _steps(x: Tensor, expected: list[Any], calls: fold.Calls, result: Any) -> list[_Step] | None:
+    """The calls as steps from x to the result; None if they are not what was expected."""
+    if len(calls) != len(expected) or calls[-1].result is not result:
+        return None
+    values = [x]
+    taken: list[list[int]] = []
+    for part, call in zip(expected, calls, strict=True):
+        if isinstance(call, fold.Other):
+            same, given = part is call.module, [call.x]
+        else:
+            slope = call.slope if call.act == "leaky_relu" else 0.0
+            same = part == (call.conv, call.bn, call.residual is not None, (call.act, slope))
+            given = [call.x] if call.residual is None else [call.x, call.residual]
+        places = [max((i for i, value in enumerate(values) if value is each), default=-1) for each in given]
+        if not same or -1 in places:
+            return None
+        taken.append(places)
+        values.append(call.result)
+    last = {place: at for at, places in enumerate(taken) for place in places}
+    steps = []
+    for at, (call, places) in enumerate(zip(calls, taken, strict=True)):
+        drops = tuple(place for place in set(places) if last[place] == at)
+        residual = places[1] if len(places) > 1 else None
+        if isinstance(call, fold.Other):
+            steps.append(_Step(None, call.module, None, places[0], None, "", 0.0, drops))
+        else:
+            steps.append(
+                _Step(call.how, call.found, call.conv, places[0], residual, call.act, call.slope, drops)
+            )
+    return steps
