@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..core import tuning
 from ..core.op import Explanation, describe, forced
 from . import op
-from .multihead import MultiheadAttention
+from .multihead import MultiheadAttention, is_small
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -48,7 +48,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             What nn.TransformerEncoderLayer does.
             BackendError: if a forced backend cannot serve.
         """
-        if _torchs_reasons(self, src, src_mask, src_key_padding_mask, is_causal):
+        quick = forced() is None and is_small(src)
+        if quick or _torchs_reasons(self, src, src_mask, src_key_padding_mask, is_causal):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = (src_mask, src_key_padding_mask)
         if self.norm_first:

@@ -62,11 +62,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             What nn.MultiheadAttention does.
             BackendError: if a forced backend cannot serve.
         """
-        reasons = _torchs_reasons(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
-        )
         name = forced()
-        if reasons or (name is None and _not_worth(self, query, key, value, key_padding_mask, attn_mask)):
+        quick = name is None and is_small(query)
+        reasons = (
+            []
+            if quick
+            else _torchs_reasons(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+            )
+        )
+        if (
+            quick
+            or reasons
+            or (name is None and _not_worth(self, query, key, value, key_padding_mask, attn_mask))
+        ):
             if name not in (None, "aten"):
                 call = describe((query, key, value), {})
                 why = "\n".join(f"  {name}: {reason}" for reason in reasons)
@@ -166,6 +175,17 @@ def _torchs_reasons(
     ):
         reasons.append("query, key, value and the parameters have several dtypes")
     return reasons or _shape_reasons(m, query, key, value, key_padding_mask, attn_mask)
+
+
+def is_small(query: Tensor) -> bool:
+    """An inference on the CPU that is torch's, told before all that takes as long as it does."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(query) is Tensor
+        and query.is_cpu
+        and query.numel() < tuning.MULTIHEAD_ELEMENTS
+    )
 
 
 def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *masks: Any) -> list[str]:

@@ -873,10 +873,10 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
         return ours or (differentiates and x.requires_grad and stride > 1)
     ours = all(unit[0].kernel_size == (3, 3) for unit in units) and stride == 1
     ours = ours and not extension.why_not(winograd.NAME, "CPU")
-    if not differentiates:
-        return x.numel() >= (tuning.WINOGRAD_ELEMENTS if ours else tuning.CHANNELS_LAST_ELEMENTS)
+    if x.numel() < (tuning.WINOGRAD_ELEMENTS if ours else tuning.CHANNELS_LAST_ELEMENTS):
+        return False
     least = tuning.WINOGRAD_PIXELS if ours else tuning.CHANNELS_LAST_PIXELS
-    return x[0, 0].numel() >= least * stride**2
+    return not differentiates or x[0, 0].numel() >= least * stride**2
 
 
 _LEAST_STRIDED = 16

@@ -275,7 +275,7 @@ WINOGRAD_PIXELS = 14 * 14
 """The same where all convolutions are Winograd's, which take no other order."""
 
 CHANNELS_LAST_ELEMENTS, WINOGRAD_ELEMENTS = 3 << 17, 3 << 16
-"""Fewest elements of a residual block's input for which both hold in inference."""
+"""Fewest elements of a residual block's input for which these pay, in inference for images of any size."""
 
 LEAST_LAYOUT = 1 << 16
 """Fewest elements of an image that we bring into another memory format on the CPU."""
