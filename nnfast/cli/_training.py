@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ..conv_bn_act import blocks
+from ..conv_bn_act import replay
 from ..core.op import Explanation, describe, explain
 from ._tasks import Samples, Task
 
@@ -265,9 +265,9 @@ def _watch(model: nn.Module, when: str, result: Result) -> Iterator[None]:
     # Chains and blocks tell of their units themselves. Of the classes, not by hooks: these break chains up.
     operations = ("attention", "silu", "mish", "softmax_focal_loss", "sigmoid_focal_loss")
     classes = {type(m) for m in model.modules() if getattr(m, "nnfast_op", "") in operations}
-    blocks.observers.append(note)
+    replay.observers.append(note)
     with ExitStack() as patches:
-        patches.callback(blocks.observers.remove, note)
+        patches.callback(replay.observers.remove, note)
         for patch in [mock.patch.object(cls, "forward", watched(cls.forward)) for cls in classes]:
             patches.enter_context(patch)
         yield

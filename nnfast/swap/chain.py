@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..activation import module as activation
-from ..conv_bn_act import blocks, fold
+from ..conv_bn_act import blocks, fold, replay
 from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
@@ -218,7 +218,7 @@ def small(module: nn.Module, x: Tensor) -> bool:
         or not module.training
         or type(x) is not Tensor
         or x.dim() != 4
-        or blocks.observers
+        or replay.observers
     ):
         return False
     found: blocks.Extent | None = module.__dict__.get("_nnfast_extent")
@@ -276,8 +276,8 @@ def run(items: list[Any], x: Any, ordinary: bool | None = None) -> Any:
 
 
 def expected_calls(items: list[Any]) -> list[Any] | None:
-    """What `run` comes to where it is nothing but folded convolutions, each as (convolution, batch norm, with
-    a residual, activation), and modules that are known to keep to shapes; else None."""
+    """What `run` comes to, as `replay.noted` takes it, where that is nothing but folded convolutions and
+    modules that are known to keep to shapes; else None."""
     found: list[Any] = []
     at = 0
     while at < len(items):

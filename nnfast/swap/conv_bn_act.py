@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..conv_bn_act.blocks import extent
+from ..conv_bn_act.replay import Replays
 from . import seed, timm, torch_nn, transformers
 from .chain import (
     ACTIVATIONS,
@@ -29,7 +30,6 @@ from .chain import (
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
 from .read import Program, UnreadableError, read
-from .replay import Replays
 from .rule import Proposal, public_name
 
 _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.modules)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..conv_bn_act.replay import again, noted
 from .chain import (
     ACTIVATION_FUNCTIONS,
     IDENTITY,
@@ -18,6 +19,7 @@ from .chain import (
     Swapped,
     as_written,
     eager,
+    expected_calls,
     flatten,
     in_turn,
     norm_of,
@@ -26,7 +28,6 @@ from .chain import (
     small,
 )
 from .read import Program, Ref, Step, answer, function
-from .replay import again, noted
 
 _ADDS = {"operator.add", "operator.iadd", "torch.add", "Tensor.add", "Tensor.add_"}
 _IN_PLACE = {"operator.iadd", "Tensor.add_"}
@@ -221,7 +222,8 @@ class FusedSequential(Swapped):
         if not eager(input):
             return super().forward(input)  # type: ignore[misc]
         line = self.items()
-        return noted(self, input, line, lambda: run(line, input, ordinary=True))  # type: ignore[arg-type]
+        expected = partial(expected_calls, line)
+        return noted(self, input, expected, partial(run, line, input, ordinary=True))  # type: ignore[arg-type]
 
     def items(self) -> list[Any]:
         """Its children, and theirs."""
@@ -274,7 +276,7 @@ def execute(plan: Plan, module: nn.Module, x: Any) -> Any:
             )
             start = values.pop(part.source) if last else values[part.source]
             if len(plan.parts) == 1 and part.source == 0 and plan.output == Ref(part.result):
-                result = noted(module, start, line, partial(run, line, start))
+                result = noted(module, start, partial(expected_calls, line), partial(run, line, start))
             else:
                 result = run(line, start)
             del line, start

@@ -63,7 +63,8 @@ def test_arrows(path):
         assert (
             inside
             <= {
-                "blocks": {"fold", "links", "module", "op"},
+                "blocks": {"fold", "links", "module", "op", "replay"},
+                "replay": {"fold"},
                 "links": {"fold", "module", "op", "reference"},
                 "chunked": {"reference"},
                 "fold": set(),

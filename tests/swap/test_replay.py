@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nnfast
-from nnfast.conv_bn_act import fold
-from nnfast.swap import replay
+from nnfast.conv_bn_act import fold, replay
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 CHANNELS_LAST = torch.channels_last
@@ -326,6 +325,34 @@ def test_results_are_dropped_after_their_last_use():
     (found,) = swapped.__dict__["_nnfast_replays"].found.values()
     dropped = [place for step in found.steps for place in step.drops]
     assert sorted(dropped) == list(range(len(found.steps)))  # all but the result, once
+
+
+BLOCKS = {
+    "ConvBNAct": lambda: nnfast.ConvBNAct(8, 8, 3, padding=1, act="leaky_relu", negative_slope=0.3),
+    "ResidualBlock": lambda: nnfast.ResidualBlock(8, 12, 2),
+    "Bottleneck": lambda: nnfast.Bottleneck(8, 2),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_our_own(name, repeated):
+    block = BLOCKS[name]()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        block(x)
+        block.eval()
+        first = block(x)
+        for _ in range(3):
+            assert torch.equal(block(x), first)
+        assert len(repeated) == 2
+        with nnfast.backend("reference"):
+            assert_close(block(x), first, rtol=1e-4, atol=1e-5)
+        next(block.parameters()).data.mul_(2)
+        found = block(x)
+        with nnfast.backend("reference"):
+            assert_close(block(x), found, rtol=1e-4, atol=1e-5)
+        assert len(repeated) == 2
+    assert not copy.deepcopy(block)._nnfast_replays.found
 
 
 @pytest.mark.parametrize("field", ["act", "residual", "bn", "x", "result"])

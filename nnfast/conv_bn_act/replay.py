@@ -1,4 +1,4 @@
-"""What an inference of a swapped module came to, done again at once.
+"""What an inference of a module came to, done again at once.
 
 To find chains and who serves them takes Python longer than small images take to compute. Where all that a
 module did was to run convolutions with batch norms folded into them, these calls are kept for inputs like
@@ -14,12 +14,14 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from ..conv_bn_act import blocks, fold
 from ..core import tuning
-from ..core.op import forced
+from ..core.op import Explanation, forced
 from ..core.operator import transformed
 from ..core.snapshot import Snapshot
-from .chain import expected_calls
+from . import fold
+
+observers: list[Callable[[Tensor, Explanation], None]] = []
+"""Called with the input of every unit that runs, and with who serves it and why the others do not."""
 
 
 class Replays:
@@ -129,15 +131,18 @@ def _plain_call() -> bool:
     """Nobody watches, transforms or forces."""
     return (
         forced() is None
-        and not blocks.observers
+        and not observers
         and not transformed()
         and torch._C._get_tracing_state() is None
         and not torch_module._has_any_global_hook()
     )
 
 
-def noted(module: nn.Module, x: Tensor, items: list[Any], run: Callable[[], Any]) -> Any:
-    """run(): the items called one after another on x, the module's input. What that comes to is kept."""
+def noted(
+    module: nn.Module, x: Tensor, expected_of: Callable[[], list[Any] | None], run: Callable[[], Any]
+) -> Any:
+    """run(), the module's result for x. What it comes to is kept if that is what `expected_of` gives: folded
+    convolutions, as (convolution, batch norm, with a residual, activation), and modules called on it."""
     replays: Replays | None = module.__dict__.get("_nnfast_replays")
     if replays is None or torch.is_grad_enabled() or not _plain_call():
         return run()
@@ -148,7 +153,7 @@ def noted(module: nn.Module, x: Tensor, items: list[Any], run: Callable[[], Any]
     if len(replays.tried) >= tuning.FOLDED_CALLS:
         replays.found, replays.tried = {}, {}
     replays.tried[key] = tried + 1
-    expected = expected_calls(items)
+    expected = expected_of()
     if expected is None:
         return run()
     tensors = [t for part in expected if type(part) is tuple for t in fold.sources(*part[:2])]
