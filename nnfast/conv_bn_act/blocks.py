@@ -359,7 +359,6 @@ def _repeated(
         return known
     if _traced(x) or torch.is_grad_enabled():
         return _chain(units, x, residual, shortcut)
-    vars(module).setdefault("_nnfast_replays", replay.Replays())
 
     def calls() -> list[Any] | None:
         known = [_known(unit) for unit in units]

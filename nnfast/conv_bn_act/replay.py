@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -25,19 +26,13 @@ observers: list[Callable[[Tensor, Explanation], None]] = []
 
 
 class Replays:
-    """Of one module, by what is known of the input. A copy has its own."""
+    """Of one module, by what is known of the input."""
 
     __slots__ = ("found", "tried")
 
     def __init__(self) -> None:
         self.found: dict[Any, Replay] = {}
         self.tried: dict[Any, int] = {}
-
-    def __deepcopy__(self, memo: Any) -> Replays:
-        return Replays()
-
-    def __reduce__(self) -> Any:
-        return Replays, ()
 
 
 class _Step(NamedTuple):
@@ -57,19 +52,19 @@ class _Step(NamedTuple):
 class Replay:
     """The calls, and what has to stay as it was."""
 
-    __slots__ = ("hooks", "modules", "snapshot", "sources", "steps", "uses")
+    __slots__ = ("cls", "hooks", "modules", "snapshot", "sources", "steps", "uses")
 
     def __init__(self, module: nn.Module, snapshot: Snapshot, steps: list[_Step]) -> None:
         self.snapshot, self.steps = snapshot, steps
         self.uses = 0
+        self.cls = type(module)  # and not the module itself, or it would be kept alive
         self.modules = []
         self.hooks: list[Any] = []
         self.sources = []
         for each in module.modules():
             state, children = vars(each), each._modules
-            self.modules.append(
-                (each, type(each), state, tuple(state.values()), children, tuple(children.values()))
-            )
+            known = (state, tuple(state.values()), children, tuple(children.values()))
+            self.modules.append((None if each is module else each, type(each), *known))
             self.hooks += [
                 each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks,
             ]  # fmt: skip
@@ -77,10 +72,10 @@ class Replay:
                 if tensors:
                     self.sources.append((tensors, tuple(map(id, tensors.values())), tuple(tensors.values())))
 
-    def holds(self) -> bool:
-        """Modules, hooks, attributes and weights are what they were."""
-        for module, cls, state, values, children, known in self.modules:
-            if type(module) is not cls or tuple(state.values()) != values:
+    def holds(self, module: nn.Module) -> bool:
+        """The module, those in it, their hooks, attributes and weights are what they were."""
+        for each, cls, state, values, children, known in self.modules:
+            if type(module if each is None else each) is not cls or tuple(state.values()) != values:
                 return False
             if children and tuple(children.values()) != known:
                 return False
@@ -104,19 +99,23 @@ class Replay:
         return values[-1]  # type: ignore[no-any-return]
 
 
+_REPLAYS: WeakKeyDictionary[nn.Module, Replays] = WeakKeyDictionary()
+"""Beside the modules: no copy, pickle or state_dict sees them."""
+
+
 def again(module: nn.Module, x: Any, holds: Callable[[nn.Module], bool] | None = None) -> Tensor | None:
     """The module's result for x, if it is known what comes to it; holds: what else has to."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         return None
-    replays: Replays | None = module.__dict__.get("_nnfast_replays")
-    if not replays or not replays.found:
+    replays = _REPLAYS.get(module)
+    if replays is None or not replays.found:
         return None
     key = fold.call_like(x)
     found = replays.found.get(key)
     if found is None or not _plain_call():
         return None
     try:
-        same = found.holds() and (holds is None or holds(module))
+        same = found.holds(module) and (holds is None or holds(module))
     except RuntimeError:  # an attribute is a tensor now, say: neither equal nor not
         same = False
     if same:
@@ -143,9 +142,9 @@ def noted(
 ) -> Any:
     """run(), the module's result for x. What it comes to is kept if that is what `expected_of` gives: folded
     convolutions, as (convolution, batch norm, with a residual, activation), and modules called on it."""
-    replays: Replays | None = module.__dict__.get("_nnfast_replays")
-    if replays is None or torch.is_grad_enabled() or not _plain_call():
+    if torch.is_grad_enabled() or not _plain_call():
         return run()
+    replays = _REPLAYS.setdefault(module, Replays())
     key = fold.call_like(x)
     tried = replays.tried.get(key, 0)
     if key is None or tried >= _TRIES:
@@ -156,7 +155,12 @@ def noted(
     expected = expected_of()
     if expected is None:
         return run()
-    tensors = [t for part in expected if type(part) is tuple for t in fold.sources(*part[:2])]
+    pairs = [part[:2] for part in expected if type(part) is tuple]
+    if any(fold.unplain(*pair) for pair in pairs):
+        return run()
+    tensors = [t for pair in pairs for t in fold.sources(*pair)]
+    if any(t is not None and t.is_inference() for t in tensors):  # which have no version
+        return run()
     snapshot = Snapshot(tensors)  # first: what changes meanwhile is seen later
     with fold.noting() as calls:
         result = run()

@@ -14,7 +14,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..conv_bn_act.blocks import extent
-from ..conv_bn_act.replay import Replays
 from . import seed, timm, torch_nn, transformers
 from .chain import (
     ACTIVATIONS,
@@ -98,8 +97,7 @@ def _proposals(
     proposals = []
     if found and not obstacles:
         made = subclass(changes["__class__"], type(module))
-        own = {"_nnfast_extent": extent(module.modules()), "_nnfast_replays": Replays()}
-        changes = {**changes, "__class__": made, **own}
+        changes = {**changes, "__class__": made, "_nnfast_extent": extent(module.modules())}
         proposals.append(Proposal(old, f"fused {_listed(found)}", changes))
     elif found:
         kept = [*obstacles, *kept]

@@ -164,7 +164,7 @@ def test_many_steps_of_training(pair):
 
 def test_a_bias_before_a_batch_norm_has_no_gradient():
     block = nnfast.ResidualBlock(16, 12, 2)
-    block(torch.randn(4, 16, 30, 30)).sum().backward()
+    block(torch.randn(4, 16, 80, 80)).sum().backward()
     for conv in (block.conv1, block.conv2, block.shortcut[0]):
         assert torch.equal(conv.bias.grad, torch.zeros_like(conv.bias))
         assert conv.weight.grad.abs().max() > 0
@@ -395,13 +395,14 @@ def test_small_images_stay_contiguous():
     block = nnfast.ResidualBlock(8, 8)
     units = block._units()
     assert not blocks._pays_channels_last(units, image(size=7))
-    assert blocks._pays_channels_last(units, image(size=14))
+    assert not blocks._pays_channels_last(units, image(size=28))  # too few elements
+    assert blocks._pays_channels_last(units, image(size=80))
     assert not blocks._pays_channels_last(units, image(CHANNELS_LAST))
     assert not blocks._pays_channels_last(units, image(dtype=torch.float64))
     strided = nnfast.ResidualBlock(16, 12, 2)
     units = [*strided._units(), *blocks._parts(strided.shortcut)]
-    x = torch.randn(2, 16, 28, 28)
-    assert not blocks._pays_channels_last(units, x[..., :14, :14].contiguous())
+    x = torch.randn(8, 16, 56, 56)
+    assert not blocks._pays_channels_last(units, x.view(128, 16, 14, 14))
     assert blocks._pays_channels_last(units, x)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +87,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 
 def kept(module: nn.Module) -> int:
     """How many kinds of calls of it are repeated."""
-    return len(module.__dict__["_nnfast_replays"].found)
+    return len(replay._REPLAYS[module].found)
 
 
 def warm(module: nn.Module, x: Tensor) -> None:
@@ -311,18 +313,16 @@ def test_copies_have_their_own():
     _, swapped, x = pair("residual")
     warm(swapped, x)
     for twin in (copy.deepcopy(swapped), pickle.loads(pickle.dumps(swapped))):
-        assert not kept(twin)
+        assert twin not in replay._REPLAYS
         with torch.no_grad():
             twin.conv1.weight.zero_()
             assert not torch.equal(twin(x), swapped(x))
-    nnfast.restore(swapped)
-    assert "_nnfast_replays" not in vars(swapped)
 
 
 def test_results_are_dropped_after_their_last_use():
     _, swapped, x = pair("projected")
     warm(swapped, x)
-    (found,) = swapped.__dict__["_nnfast_replays"].found.values()
+    (found,) = replay._REPLAYS[swapped].found.values()
     dropped = [place for step in found.steps for place in step.drops]
     assert sorted(dropped) == list(range(len(found.steps)))  # all but the result, once
 
@@ -352,15 +352,32 @@ def test_blocks_of_our_own(name, repeated):
         with nnfast.backend("reference"):
             assert_close(block(x), found, rtol=1e-4, atol=1e-5)
         assert len(repeated) == 2
-    assert not copy.deepcopy(block)._nnfast_replays.found
+    assert copy.deepcopy(block) not in replay._REPLAYS
+    alive = weakref.ref(block)
+    del block
+    repeated.clear()  # its snapshot holds weights, not the module
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_does_not_outlive_its_last_user(name):
+    _, swapped, x = pair(name)
+    with torch.no_grad():
+        for _ in range(3):
+            swapped(x)
+    alive = weakref.ref(swapped)
+    del swapped
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("field", ["act", "residual", "bn", "x", "result"])
 def test_what_was_not_expected_is_not_kept(field):
     _, swapped, x = pair("residual")
-    del swapped._nnfast_replays  # which would note the calls
     with torch.no_grad():
         swapped(x)
+        replay._REPLAYS[swapped].tried[fold.call_like(x)] = 4  # or the inner one would note them
         with fold.noting() as calls:
             y = swapped(x)
     expected = [
