@@ -52,13 +52,12 @@ class _Step(NamedTuple):
 class Replay:
     """The calls, and what has to stay as it was."""
 
-    __slots__ = ("cls", "hooks", "modules", "snapshot", "sources", "steps", "uses")
+    __slots__ = ("hooks", "modules", "snapshot", "sources", "steps", "uses")
 
     def __init__(self, module: nn.Module, snapshot: Snapshot, steps: list[_Step]) -> None:
         self.snapshot, self.steps = snapshot, steps
         self.uses = 0
-        self.cls = type(module)  # and not the module itself, or it would be kept alive
-        self.modules = []
+        self.modules = []  # but the module itself, which would be kept alive
         self.hooks: list[Any] = []
         self.sources = []
         for each in module.modules():
@@ -116,13 +115,13 @@ def again(module: nn.Module, x: Any, holds: Callable[[nn.Module], bool] | None =
         return None
     try:
         same = found.holds(module) and (holds is None or holds(module))
-    except RuntimeError:  # an attribute is a tensor now, say: neither equal nor not
+    except Exception:  # an attribute is a tensor or an array now, say: neither equal nor not
         same = False
     if same:
         return found.run(x)
-    del replays.found[key]
+    replays.found.pop(key, None)  # another thread may have been first
     if found.uses > 1:  # else it will change again
-        del replays.tried[key]
+        replays.tried.pop(key, None)
     return None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,8 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
         for _ in range(3):
             written(x)
     written.eval()
+    for module in written.modules():
+        module.note = np.zeros(2)
     swapped = copy.deepcopy(written)
     assert nnfast.swap(swapped).replaced
     return written, swapped, x
@@ -170,6 +174,7 @@ CHANGES: dict[str, tuple[type, Callable[[nn.Module], Any]]] = {
     "forward of its own": (nn.BatchNorm2d, lambda m: _set("forward", lambda x: x * 3)(m)),
     "training": (nn.BatchNorm2d, lambda m: m.train()),
     "a tensor attribute": (nn.Conv2d, _set("note", torch.ones(3))),
+    "another array": (nn.BatchNorm2d, lambda m: setattr(m, "note", m.note + 1)),
     "frozen": (nn.Conv2d, lambda m: m.requires_grad_(False)),
 }
 
@@ -388,6 +393,30 @@ def test_what_was_not_expected_is_not_kept(field):
     other = {"act": "silu", "residual": None, "bn": swapped.bn1, "x": x.clone(), "result": y.clone()}
     calls[-1] = calls[-1]._replace(**{field: other[field]})
     assert not replay._steps(x, expected, calls, y)
+
+
+def test_threads_may_see_a_change_at_once():
+    """All of them ask, and run, while weights change."""
+    _, swapped, x = pair("residual")
+    warm(swapped, x)
+    failed = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                for i in range(50):
+                    swapped(x)
+                    if i % 5 == 0:
+                        swapped.bn1.weight.mul_(1.0)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_notes_do_not_nest():
