@@ -63,19 +63,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             BackendError: if a forced backend cannot serve.
         """
         name = forced()
-        quick = name is None and is_small(query)
-        reasons = (
-            []
-            if quick
-            else _torchs_reasons(
-                self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        if name is None and is_small(query):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        reasons = _torchs_reasons(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
         )
-        if (
-            quick
-            or reasons
-            or (name is None and _not_worth(self, query, key, value, key_padding_mask, attn_mask))
-        ):
+        if reasons or (name is None and _not_worth(self, query, key, value, key_padding_mask, attn_mask)):
             if name not in (None, "aten"):
                 call = describe((query, key, value), {})
                 why = "\n".join(f"  {name}: {reason}" for reason in reasons)

@@ -361,14 +361,13 @@ def _repeated(
         return _chain(units, x, residual, shortcut)
 
     def calls() -> list[Any] | None:
-        known = [_known(unit) for unit in units]
+        acts = [_known(unit) for unit in units]
         parts = () if shortcut is None else _parts(shortcut)
-        if parts is None or None in known:
+        if parts is None or None in acts:
             return None
-        added = [*(False for _ in units[1:]), residual is not None]
-        acts = [(act[0], act[1] if act[0] == "leaky_relu" else 0.0) for act in known if act]
-        found = [(u.conv, u.bn, add, act) for u, add, act in zip(units, added, acts, strict=True)]
-        return [*found[:-1], *((u.conv, u.bn, False, ("identity", 0.0)) for u in parts), found[-1]]
+        found: list[Any] = [(unit.conv, unit.bn, False, act) for unit, act in zip(units, acts, strict=True)]
+        last = (*found.pop()[:2], residual is not None, acts[-1])
+        return [*found, *((unit.conv, unit.bn, False, ("identity", 0.0)) for unit in parts), last]
 
     result: Tensor = replay.noted(module, x, calls, partial(_chain, units, x, residual, shortcut))
     return result

@@ -12,10 +12,8 @@ as it writes the convolution's result; on CUDA cuDNN does, for relu.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +26,7 @@ from ..core import tuning
 from ..core.op import forced
 from ..core.operator import plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
+from . import notes
 
 Run = Callable[..., Tensor]
 """Takes a `Folded`, its convolution, x, a residual or None, an activation and leaky_relu's slope."""
@@ -290,61 +289,10 @@ def run_again(
     if how is None or unplain(conv, bn) or not found.holds(conv, bn):  # type: ignore[arg-type]
         return None
     y = how(found, conv, x, residual, act, negative_slope)
-    calls: Calls | None = getattr(_NOTES, "calls", None)
-    if calls is not None:
-        calls.append(Call(how, found, conv, bn, x, residual, act, negative_slope, y))
+    watched = notes.taken()
+    if watched is not None:
+        watched.append(notes.Folding(how, found, conv, bn, x, residual, act, negative_slope, y))
     return y
-
-
-class Call(NamedTuple):
-    """One that was made again, and its result."""
-
-    how: Run
-    found: Folded
-    conv: nn.Module
-    bn: nn.Module
-    x: Tensor
-    residual: Tensor | None
-    act: str
-    slope: float
-    result: Tensor
-
-
-class Other(NamedTuple):
-    """A call of a module, and its result."""
-
-    module: nn.Module
-    x: Tensor
-    result: Tensor
-
-
-Calls = list[Call | Other]
-
-
-@contextmanager
-def noting() -> Iterator[Calls]:
-    """Notes what `run_again` and `call_module` do in this thread; not what an inner one notes."""
-    before = getattr(_NOTES, "calls", None)
-    calls: Calls = []
-    _NOTES.calls = calls
-    try:
-        yield calls
-    finally:
-        _NOTES.calls = before
-
-
-def call_module(module: Any, x: Any) -> Any:
-    """module(x), as one call."""
-    calls: Calls | None = getattr(_NOTES, "calls", None)
-    if calls is None:
-        return module(x)
-    with noting():
-        y = module(x)
-    calls.append(Other(module, x, y))
-    return y
-
-
-_NOTES = threading.local()
 
 
 def call_like(x: Tensor) -> tuple[Any, ...] | None:

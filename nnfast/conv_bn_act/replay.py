@@ -19,7 +19,7 @@ from ..core import tuning
 from ..core.op import Explanation, forced
 from ..core.operator import transformed
 from ..core.snapshot import Snapshot
-from . import fold
+from . import fold, notes
 
 observers: list[Callable[[Tensor, Explanation], None]] = []
 """Called with the input of every unit that runs, and with who serves it and why the others do not."""
@@ -161,7 +161,7 @@ def noted(
     if any(t is not None and t.is_inference() for t in tensors):  # which have no version
         return run()
     snapshot = Snapshot(tensors)  # first: what changes meanwhile is seen later
-    with fold.noting() as calls:
+    with notes.watching() as calls:
         result = run()
     if steps := _steps(x, expected, calls, result):
         replays.found[key] = Replay(module, snapshot, steps)
@@ -172,18 +172,21 @@ _TRIES = 4
 """How often a call is looked at: at the first ones it is still found out who serves."""
 
 
-def _steps(x: Tensor, expected: list[Any], calls: fold.Calls, result: Any) -> list[_Step] | None:
+def _steps(x: Tensor, expected: list[Any], calls: notes.Notes, result: Any) -> list[_Step] | None:
     """The calls as steps from x to the result; None if they are not what was expected."""
     if len(calls) != len(expected) or calls[-1].result is not result:
         return None
     values = [x]
     taken: list[list[int]] = []
     for part, call in zip(expected, calls, strict=True):
-        if isinstance(call, fold.Other):
+        if isinstance(call, notes.Call):
             same, given = part is call.module, [call.x]
+        elif type(part) is not tuple:
+            return None
         else:
-            slope = call.slope if call.act == "leaky_relu" else 0.0
-            same = part == (call.conv, call.bn, call.residual is not None, (call.act, slope))
+            conv, bn, added, act = part
+            same = conv is call.conv and bn is call.bn and added == (call.residual is not None)
+            same = same and act[0] == call.act and (act[1] == call.slope or act[0] != "leaky_relu")
             given = [call.x] if call.residual is None else [call.x, call.residual]
         places = [max((i for i, value in enumerate(values) if value is each), default=-1) for each in given]
         if not same or -1 in places:
@@ -195,7 +198,7 @@ def _steps(x: Tensor, expected: list[Any], calls: fold.Calls, result: Any) -> li
     for at, (call, places) in enumerate(zip(calls, taken, strict=True)):
         drops = tuple(place for place in set(places) if last[place] == at)
         residual = places[1] if len(places) > 1 else None
-        if isinstance(call, fold.Other):
+        if isinstance(call, notes.Call):
             steps.append(_Step(None, call.module, None, places[0], None, "", 0.0, drops))
         else:
             steps.append(

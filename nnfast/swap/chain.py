@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..activation import module as activation
-from ..conv_bn_act import blocks, fold, replay
+from ..conv_bn_act import blocks, notes, replay
 from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
@@ -270,7 +270,7 @@ def run(items: list[Any], x: Any, ordinary: bool | None = None) -> Any:
             add, at = items[at], at + 1 + (act is not None)
             x = _add_after(x, add, act or IDENTITY, last, fresh=False)
         else:
-            x = fold.call_module(items[at], x)
+            x = notes.call(items[at], x)
             at += 1
     return x
 

@@ -64,10 +64,11 @@ def test_arrows(path):
             inside
             <= {
                 "blocks": {"fold", "links", "module", "op", "replay"},
-                "replay": {"fold"},
+                "replay": {"fold", "notes"},
                 "links": {"fold", "module", "op", "reference"},
                 "chunked": {"reference"},
-                "fold": set(),
+                "fold": {"notes"},
+                "notes": set(),
                 "linear": {"op", "reference"},
                 "module": {"linear", "op"},
                 "encoder": {"multihead", "op"},

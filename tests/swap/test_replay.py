@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nnfast
-from nnfast.conv_bn_act import fold, replay
+from nnfast.conv_bn_act import fold, notes, replay
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 CHANNELS_LAST = torch.channels_last
@@ -383,7 +383,7 @@ def test_what_was_not_expected_is_not_kept(field):
     with torch.no_grad():
         swapped(x)
         replay._REPLAYS[swapped].tried[fold.call_like(x)] = 4  # or the inner one would note them
-        with fold.noting() as calls:
+        with notes.watching() as calls:
             y = swapped(x)
     expected = [
         (swapped.conv1, swapped.bn1, False, ("relu", 0.0)),
@@ -420,11 +420,11 @@ def test_threads_may_see_a_change_at_once():
 
 
 def test_notes_do_not_nest():
-    with fold.noting() as outer:
-        with fold.noting() as inner:
+    with notes.watching() as outer:
+        with notes.watching() as inner:
             pass
-        fold.call_module(nn.ReLU(), torch.ones(1))
+        notes.call(nn.ReLU(), torch.ones(1))
     assert not inner
     assert len(outer) == 1
-    fold.call_module(nn.ReLU(), torch.ones(1))
+    notes.call(nn.ReLU(), torch.ones(1))
     assert len(outer) == 1
