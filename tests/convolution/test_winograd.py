@@ -157,7 +157,7 @@ def calls(monkeypatch):
 def test_blocks_train_and_infer_by_it(layout, calls):
     torch.manual_seed(0)
     block = nnfast.ResidualBlock(64, 64).to(memory_format=layout)
-    x = torch.randn(2, 64, 28, 28).contiguous(memory_format=layout).requires_grad_()
+    x = torch.randn(4, 64, 28, 28).contiguous(memory_format=layout).requires_grad_()
     leaves = [x, *block.parameters()]
     results = []
     for backend in (None, "aten"):
