@@ -137,7 +137,7 @@ def test_self_attention(size, direction, device, quick, benchmark, record):
 
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "length first"])
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES if CUDA else [*SIZES, (16, 512)], ids=str)
 def test_multihead(size, direction, batch_first, device, quick, benchmark, record):
     training = direction != "forward"
     torch.manual_seed(0)

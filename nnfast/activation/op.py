@@ -31,6 +31,7 @@ from ..core.operator import (
     place_why_not,
     plain_why_not,
     size_not_worth,
+    traced,
     transformed,
 )
 from . import reference
@@ -253,6 +254,7 @@ def small_first(op: Activation) -> Callable[[Callable[..., Tensor]], Callable[..
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         builtin, builtin_, least = op.builtin, op.builtin_, op.least
+        lowest = min(least)
 
         @functools.wraps(function)
         def call(input: Tensor, inplace: bool = False) -> Tensor:
@@ -260,7 +262,7 @@ def small_first(op: Activation) -> Callable[[Callable[..., Tensor]], Callable[..
                 type(input) is Tensor
                 and not is_dynamo_compiling()
                 and forced_outside_compile() is None
-                and input.numel() < least[input.requires_grad]
+                and ((n := input.numel()) < lowest or (n < least[input.requires_grad] and not traced()))
             ):
                 try:
                     if not inplace:

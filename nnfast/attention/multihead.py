@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from ..core import tuning
 from ..core.op import BackendError, Explanation, describe, forced
-from ..core.operator import DTYPES
+from ..core.operator import DTYPES, transformed
 from . import op
 from .module import attention
+from .sdpa import requires_grad
 
 _NAME = "nnfast.MultiheadAttention"
 
@@ -86,13 +88,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 is_causal=is_causal,
             )
             return result
-        q, k, v, options = _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal)
-        out: Tensor = attention(q, k, v, **options)
-        batched = query.dim() == 3
-        # (N, H, Lq, D), whose rows of all heads have no gaps where our kernels made it
-        out = out.transpose(1, 2) if self.batch_first or not batched else out.permute(2, 0, 1, 3)
-        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
-        return (out if batched else out.squeeze(0)), None
+        if each := _slice(self, query, key, value):
+            slices = _slices(each, self.num_heads, query, key_padding_mask, attn_mask)
+            return torch.cat([_attended(self, x, x, x, *masks, is_causal) for x, masks in slices]), None
+        return _attended(self, query, key, value, key_padding_mask, attn_mask, is_causal), None
 
     def explain(
         self,
@@ -254,7 +253,56 @@ def _weights(m: nn.MultiheadAttention) -> tuple[Tensor | None, ...]:
     return *packed, m.in_proj_bias, m.bias_k, m.bias_v, m.out_proj.weight, m.out_proj.bias
 
 
-# --- the arguments of attention -----------------------------------------------------------------------------
+# --- the computation ----------------------------------------------------------------------------------------
+
+
+def _attended(
+    m: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """The output."""
+    q, k, v, options = _arguments(m, query, key, value, key_padding_mask, attn_mask, is_causal)
+    out: Tensor = attention(q, k, v, **options)
+    batched = query.dim() == 3
+    # (N, H, Lq, D), whose rows of all heads have no gaps where our kernels made it
+    out = out.transpose(1, 2) if m.batch_first or not batched else out.permute(2, 0, 1, 3)
+    out = F.linear(out.flatten(2), m.out_proj.weight, m.out_proj.bias)
+    return out if batched else out.squeeze(0)
+
+
+def _slice(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> int:
+    """How much of the batch an inference takes at once whose projections would be large; 0: all."""
+    size = 3 * query.numel() * query.element_size()
+    if (
+        size <= tuning.MULTIHEAD_SLICE
+        or not (query is key is value and m.batch_first and query.dim() == 3)
+        or query.shape[0] == 1
+        or not op.is_for_cpu(query, query.shape[1])
+        or transformed()
+        or requires_grad(query, *m.parameters())
+    ):
+        return 0
+    n = query.shape[0]
+    count = -(-n // max(n * tuning.MULTIHEAD_SLICE // size, 1))
+    return -(-n // count)
+
+
+def _slices(
+    each: int, heads: int, query: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor | None]]]:
+    """Slices of the batch, of the queries and what masks them."""
+    for begin in range(0, query.shape[0], each):
+        end = begin + each
+        padding = None if key_padding_mask is None else key_padding_mask[begin:end]
+        mask = attn_mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask[begin * heads : end * heads]
+        yield query[begin:end], (padding, mask)
 
 
 def _arguments(

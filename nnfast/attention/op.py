@@ -33,6 +33,7 @@ from ..core.operator import (
     place_why_not,
     plain_why_not,
     size_not_worth,
+    traced,
     transformed,
 )
 from . import chunked, reference, sdpa
@@ -134,7 +135,7 @@ def _run_aten(
     q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     empty = not q.numel() or not k.shape[2]
-    if transformed() or empty or sdpa.requires_grad(terms.alibi_slopes):
+    if transformed() or traced() or empty or sdpa.requires_grad(terms.alibi_slopes):
         return reference.attention(q, k, v, terms)
     if sdpa.expresses(q, terms, return_lse):
         return sdpa.run(q, k, v, terms, return_lse)
@@ -470,6 +471,7 @@ def is_for_cpu(q: Tensor, queries: int) -> bool:
         and _IN_CPU
         and q.dtype in _CPU_DTYPES
         and (q.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"))
+        and not traced()
     )
 
 

@@ -74,7 +74,7 @@ def plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """Out by the kernel that torch chooses."""
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # where torch.jit.trace follows, a tensor
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
     return out if is_compiling() or out.grad_fn is None else _twice_differentiable(out)
 

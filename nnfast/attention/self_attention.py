@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.op import BackendError, Explanation, describe, forced
-from ..core.operator import DTYPES, transformed
+from ..core.operator import DTYPES, traced, transformed
 from ..core.snapshot import Snapshot, hooked
 from . import op
 from .module import attention
@@ -187,7 +187,7 @@ def _weights(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor) -> _
         or grad
         or torch.compiler.is_compiling()
         or transformed()
-        or torch._C._get_tracing_state() is not None
+        or traced()
         or any(type(w) is not nn.Parameter or w.is_inference() for w in sources)
     )
     fold = _fold(m, values, keys, query, kept)

@@ -23,7 +23,7 @@ from ..convolution.op import CONV2D_ACT, plain_convolution, plain_gradients
 from ..convolution.op import Kernels as Convolutions
 from ..core import extension, tuning
 from ..core.op import Backend, Explanation, Op, describe, forced, forced_outside_compile
-from ..core.operator import transformed
+from ..core.operator import traced, transformed
 from ..core.snapshot import hooked
 from . import fold, links, replay
 from .module import activation_code, batch_norm_act, norm_of, normalise
@@ -444,11 +444,7 @@ def _traced(x: Any) -> bool:
     """Somebody looks on who is to see torch's own operations: a compiler, tracer, transform, subclass."""
     if torch.compiler.is_compiling():
         return True
-    return (
-        (type(x) is not Tensor and type(x) is not nn.Parameter)
-        or transformed()
-        or torch._C._get_tracing_state() is not None
-    )
+    return (type(x) is not Tensor and type(x) is not nn.Parameter) or transformed() or traced()
 
 
 def _as_written(

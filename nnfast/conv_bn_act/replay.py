@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core import tuning
 from ..core.op import Explanation, forced
-from ..core.operator import transformed
+from ..core.operator import traced, transformed
 from ..core.snapshot import Snapshot
 from . import fold, notes
 
@@ -131,7 +131,7 @@ def _plain_call() -> bool:
         forced() is None
         and not observers
         and not transformed()
-        and torch._C._get_tracing_state() is None
+        and not traced()
         and not torch_module._has_any_global_hook()
     )
 

@@ -85,6 +85,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def traced() -> bool:
+    """torch.jit.trace is recording: in its graphs our operators would have no gradients, and need nnfast."""
+    return torch._C._get_tracing_state() is not None
+
+
 def by_formula(grad: Tensor, *others: Tensor | None) -> bool:
     """A backward pass with these is itself differentiated, or batched, as our kernels are not."""
     if not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)):
@@ -105,11 +110,14 @@ def plain_why_not(name: str, x: Tensor) -> list[str]:
 
 
 def place_why_not(operator: str, backend: str, name: str, x: Tensor) -> list[str]:
-    """Why `backend` has no kernel of `operator` where its argument `name` is."""
-    if backend == "triton":
-        missing = triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
-        return [missing] * bool(missing)
+    """Why `backend` has no kernel of `operator` where its argument `name` is, or none to be recorded."""
     reasons = []
+    if traced():
+        reasons.append("torch.jit.trace is recording; in its graph our operators would have no gradients")
+    if backend == "triton":
+        if missing := triton_why_not("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type):
+            reasons.append(missing)
+        return reasons
     if not (x.is_cpu if backend == "cpu" else x.is_cuda):
         reasons.append(_ELSEWHERE[backend].format(name))
     if missing := extension.why_not(operator, backend.upper()):

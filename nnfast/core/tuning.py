@@ -275,7 +275,9 @@ WINOGRAD_PIXELS = 14 * 14
 """The same where all convolutions are Winograd's, which take no other order."""
 
 CHANNELS_LAST_ELEMENTS, WINOGRAD_ELEMENTS = 3 << 17, 3 << 16
-"""Fewest elements of a residual block's input for which these pay, in inference for images of any size."""
+"""Fewest elements of a contiguous residual block's input for which to run inside in channels_last pays on the
+CPU, in training and, whatever the image's size, in inference; the second where all its convolutions are
+Winograd's."""
 
 LEAST_LAYOUT = 1 << 16
 """Fewest elements of an image that we bring into another memory format on the CPU."""
@@ -308,6 +310,10 @@ MULTIHEAD_ELEMENTS = 1 << 18
 MULTIHEAD_FASTPATH_LENGTH = 192
 """Greatest length for which torch's fused inference of nn.MultiheadAttention is faster on the CPU, where our
 kernels do not serve."""
+
+MULTIHEAD_SLICE = 32 << 20
+"""Bytes of projections in multi-head attention's inference on the CPU from which the batch goes in slices:
+malloc maps so large memory anew each time, and its first touches take a tenth of the whole."""
 
 ENCODER_LENGTH = 384
 """Least length for which an encoder layer's inference in parts, on our CPU kernels, beats torch's fused."""

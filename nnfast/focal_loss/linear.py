@@ -19,7 +19,15 @@ from torch.compiler import is_compiling
 
 from ..core import tuning
 from ..core.op import Backend, Op
-from ..core.operator import LIBRARY, compute_dtype, place_why_not, plain_why_not, size_not_worth, transformed
+from ..core.operator import (
+    LIBRARY,
+    compute_dtype,
+    place_why_not,
+    plain_why_not,
+    size_not_worth,
+    traced,
+    transformed,
+)
 from . import reference
 from .op import (
     INDEX_DTYPES,
@@ -290,10 +298,10 @@ def _run_linear(
 
 
 def _in_one_piece(slopes: Slopes, flat: tuple[Any, ...], *factors: Tensor | None) -> bool:
-    """Transforms, gradients of alpha and class_weight, and torch.compile of torch's own need all logits."""
+    """Transforms, tracing, gradients of factors, and torch.compile of torch's own need all logits."""
     of_factors = torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
     torchs = isinstance(slopes, partial) and slopes.func is _slopes_by_autograd
-    return not len(flat[0]) or transformed() or of_factors or (torchs and is_compiling())
+    return not len(flat[0]) or transformed() or traced() or of_factors or (torchs and is_compiling())
 
 
 def _linear_why_not(

@@ -44,6 +44,7 @@ from ..core.operator import (
     place_why_not,
     plain_why_not,
     size_not_worth,
+    traced,
     transformed,
 )
 from . import reference
@@ -870,7 +871,7 @@ def _is_plain(inputs: Tensor, targets: Tensor, alpha: Number | Tensor, gamma: fl
         and (reduction == "mean" or reduction == "sum")
         and forced_outside_compile() is None
         and not extension.why_not("softmax_focal_loss_total", "CPU")
-        and not transformed()
+        and not (transformed() or traced())
     )
 
 

@@ -21,7 +21,7 @@ from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
 from ..core.op import Explanation
-from ..core.operator import transformed
+from ..core.operator import traced, transformed
 
 IDENTITY = ("identity", 0.0)
 ACTIVATIONS: dict[type, tuple[str, float]] = {
@@ -202,7 +202,7 @@ def eager(x: object) -> bool:
         and x.dim() == 4
         and (x.is_cpu or x.is_cuda)
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
+        and not traced()
         and not transformed()
         and not torch_module._has_any_global_hook()
     )

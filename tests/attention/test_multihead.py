@@ -15,6 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import nnfast
+from nnfast.attention import multihead, op
 from nnfast.core import extension, tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
@@ -221,6 +222,54 @@ def test_nested_tensors():
         found = ours(x, x, x, need_weights=False)[0]
     for mine, other in zip(found.unbind(), expected.unbind(), strict=True):
         assert_close(mine, other)
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "added padding", "2-D", "3-D", "3-D added", "causal"])
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_large_batches_go_in_slices(mask, extra, monkeypatch):
+    """5 sequences, at most 2 at once: each attends as in one, and a mask goes with its sequence."""
+    monkeypatch.setattr(tuning, "ATTENTION_QUERIES", 0)
+    theirs, ours = (m.eval() for m in pair(batch_first=True, **extra))
+    x = torch.randn(5, KEYS, EMBED)
+    options = {}
+    if "padding" in mask:
+        padding = torch.rand(5, KEYS) < 0.3
+        options["key_padding_mask"] = torch.randn(5, KEYS) if "added" in mask else padding
+    elif mask == "2-D":
+        options["attn_mask"] = torch.rand(KEYS, KEYS).fill_diagonal_(1) < 0.4
+    elif "3-D" in mask:
+        added = torch.randn(5 * HEADS, KEYS, KEYS)
+        options["attn_mask"] = added if "added" in mask else (added > 1).triu(1)
+    elif mask == "causal":
+        options |= {"attn_mask": torch.ones(KEYS, KEYS, dtype=torch.bool).triu(1), "is_causal": True}
+    seen = []
+    original = multihead.attention
+
+    def attention(q, k, v, **options):
+        seen.append(q.shape[0])
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(multihead, "attention", attention)
+    monkeypatch.setattr(tuning, "MULTIHEAD_SLICE", 3 * 2 * x[0].numel() * x.element_size())
+    with torch.no_grad():
+        expected = theirs(x, x, x, need_weights=False, **options)[0]
+        out = ours(x, x, x, need_weights=False, **options)[0]
+        assert seen == ([2, 2, 1] if op.is_for_cpu(x, KEYS) else [5])
+        assert_close(out, expected)
+        assert out.stride() == (KEYS * EMBED, EMBED, 1)
+        seen.clear()
+        y = x.clone()
+        ours(x, y, x, need_weights=False, **options)
+        ours(x[:2].clone(), *(x[:2].clone(),) * 2, need_weights=False)
+        assert seen == [5, 2]
+        seen.clear()
+        frozen = copy.deepcopy(ours).requires_grad_(False)
+        with warnings.catch_warnings(action="ignore"):
+            torch.jit.trace(lambda x: frozen(x, x, x, need_weights=False, **options)[0], x, check_trace=False)
+        assert seen == [5]
+    seen.clear()
+    ours(x, x, x, need_weights=False, **options)[0].sum().backward()  # the parameters ask for gradients
+    assert seen == [5]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
