@@ -672,7 +672,12 @@ def _small(unit: Unit, x: Tensor) -> bool:
     """The unit trains on a small image, and goes wrong no later than a unit of ours would."""
     conv, bn = unit.conv, unit.bn
     plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and conv.out_channels == bn.num_features
-    return plain and bn.training and x.dim() == 4 and extent((conv, bn)).small(x)
+    if not (plain and bn.training and x.dim() == 4):
+        return False
+    found = extent((conv, bn))
+    if found.winograd and not x.is_contiguous(memory_format=torch.channels_last):
+        found = found._replace(winograd=False)  # which takes no other order
+    return found.small(x)
 
 
 def _by_torch(
@@ -861,6 +866,8 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
     Measured for float32 on the CPU: oneDNN's convolutions of contiguous tensors are slower, their strided
     gradients much.
     """
+    if len(units) > 1 and x.numel() < tuning.WINOGRAD_ELEMENTS:  # which is the lesser one
+        return False
     if not (
         x.is_cpu
         and x.dtype is torch.float32

@@ -312,8 +312,8 @@ MULTIHEAD_FASTPATH_LENGTH = 192
 kernels do not serve."""
 
 MULTIHEAD_SLICE = 32 << 20
-"""Bytes of projections in multi-head attention's inference on the CPU from which the batch goes in slices:
-malloc maps so large memory anew each time, and its first touches take a tenth of the whole."""
+"""Most bytes of projections that multi-head attention's inference on the CPU holds, if the batch can go in
+slices: malloc maps larger memory anew each time, to be touched for the first time."""
 
 ENCODER_LENGTH = 384
 """Least length for which an encoder layer's inference in parts, on our CPU kernels, beats torch's fused."""
