@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.operator import attention_out
+from ..core.operator import attention_out, without_autocast
 from . import reference
 from .reference import Place, Terms, wide
 
@@ -113,7 +113,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Ten
     by_flash = _by_flash(q, k, terms)
     if by_flash:
         q, k, v = _one_head_dim(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for rows, columns, some, place in _blocks(q, k, terms):
             block = q[:, :, rows], k[:, :, columns], v[:, :, columns], some, place
             attend = _flash if by_flash and block[1].shape[2] else reference.attention
@@ -137,7 +137,7 @@ def backward(
     head, values = q.shape[3], v.shape[3]
     if by_flash:
         q, k, v, grad_out, out = _one_head_dim(q, k, v, grad_out, out)  # type: ignore[arg-type]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for rows, columns, some, place in _blocks(q, k, terms):
             of_rows, of_keys, of_values = q[:, :, rows], k[:, :, columns], v[:, :, columns]
             some_bias: Tensor | None

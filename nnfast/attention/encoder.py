@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..core import tuning
 from ..core.op import Explanation, describe, forced
 from . import op
-from .multihead import MultiheadAttention, is_small
+from .multihead import MultiheadAttention, is_small, recorded
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -48,6 +49,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             What nn.TransformerEncoderLayer does.
             BackendError: if a forced backend cannot serve.
         """
+        if isinstance(src, Proxy):
+            return recorded(self, src, src_mask, src_key_padding_mask, is_causal)
         quick = forced() is None and is_small(src)
         if quick or _torchs_reasons(self, src, src_mask, src_key_padding_mask, is_causal):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)

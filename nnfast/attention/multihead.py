@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..core import tuning
 from ..core.op import BackendError, Explanation, describe, forced
-from ..core.operator import DTYPES, transformed
+from ..core.operator import DTYPES, autocasts, transformed
 from . import op
 from .module import attention
-from .sdpa import requires_grad
 
 _NAME = "nnfast.MultiheadAttention"
 
@@ -64,6 +64,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             What nn.MultiheadAttention does.
             BackendError: if a forced backend cannot serve.
         """
+        if isinstance(query, Proxy):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return recorded(self, query, key, value, *masks)
         name = forced()
         if name is None and is_small(query):
             return super().forward(
@@ -164,11 +167,15 @@ def _torchs_reasons(
         reasons.append("is_causal needs attn_mask")
     if any(x.device != query.device for x in (*given, *weights)):
         reasons.append("inputs and parameters are on several devices")
-    if not torch.is_autocast_enabled(query.device.type) and any(
-        x.dtype != query.dtype for x in (key, value, *weights)
-    ):
+    if not autocasts(query) and any(x.dtype != query.dtype for x in (key, value, *weights)):
         reasons.append("query, key, value and the parameters have several dtypes")
     return reasons or _shape_reasons(m, query, key, value, key_padding_mask, attn_mask)
+
+
+def recorded(module: nn.Module, x: Proxy, *args: Any) -> Any:
+    """torch.fx records a call of the module, as of torch's own, which it does not look into."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), {})
 
 
 def is_small(query: Tensor) -> bool:
@@ -182,11 +189,15 @@ def is_small(query: Tensor) -> bool:
     )
 
 
+def _differentiates(m: nn.MultiheadAttention, query: Tensor) -> bool:
+    return torch.is_grad_enabled() and (query.requires_grad or any(w.requires_grad for w in m.parameters()))
+
+
 def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *masks: Any) -> list[str]:
     """Why torch's own way is the faster one."""
     if not query.is_cpu or torch.compiler.is_compiling():
         return []
-    grad = torch.is_grad_enabled() and (query.requires_grad or any(w.requires_grad for w in m.parameters()))
+    grad = _differentiates(m, query)
     if not grad and query.numel() < tuning.MULTIHEAD_ELEMENTS:
         return [f"{query.numel()} elements; measured to pay from {tuning.MULTIHEAD_ELEMENTS} on"]
     n, queries, keys = _sizes(m, query, key)
@@ -284,7 +295,7 @@ def _slice(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) 
         or query.shape[0] == 1
         or not op.is_for_cpu(query, query.shape[1])
         or transformed()
-        or requires_grad(query, *m.parameters())
+        or _differentiates(m, query)
     ):
         return 0
     n = query.shape[0]

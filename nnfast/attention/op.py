@@ -27,6 +27,7 @@ from ..core.operator import (
     DTYPES,
     LIBRARY,
     attention_out,
+    autocasts,
     compute_dtype,
     define,
     implement,
@@ -256,7 +257,7 @@ def arguments(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     """The operation's arguments from the function's, checked, and as autocast has them."""
-    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and autocasts(q):
         q, k, v = _cast(q, k, v)
     _check_heads(q, k, v)
     shape = (*q.shape[:3], k.shape[2])

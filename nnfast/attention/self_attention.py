@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.op import BackendError, Explanation, describe, forced
-from ..core.operator import DTYPES, traced, transformed
+from ..core.operator import DTYPES, autocasts, traced, transformed
 from ..core.snapshot import Snapshot, hooked
 from . import op
 from .module import attention
@@ -89,8 +89,8 @@ class SelfAttention(nn.Module):
                 why = "\n".join(f"  {name}: {reason}" for reason in reasons)
                 raise BackendError(f"{_NAME}: backend {name!r} is forced and cannot serve {call}\n{why}")
             return _formula(self, values, keys, query, mask)
-        device = query.device.type
-        if torch.is_autocast_enabled(device):
+        if autocasts(query):
+            device = query.device.type
             dtype = torch.get_autocast_dtype(device)
             values, keys, query = (_autocast(x, dtype) for x in (values, keys, query))
             with torch.autocast(device, enabled=False):

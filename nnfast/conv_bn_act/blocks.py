@@ -23,7 +23,7 @@ from ..convolution.op import CONV2D_ACT, plain_convolution, plain_gradients
 from ..convolution.op import Kernels as Convolutions
 from ..core import extension, tuning
 from ..core.op import Backend, Explanation, Op, describe, forced, forced_outside_compile
-from ..core.operator import traced, transformed
+from ..core.operator import autocasts, traced, transformed
 from ..core.snapshot import hooked
 from . import fold, links, replay
 from .module import activation_code, batch_norm_act, norm_of, normalise
@@ -618,7 +618,7 @@ def _unfolded(
     if projection is not None:
         residual, residual_offset = _convolve(*projection, via)
         residual_bn = projection[0].bn
-    if residual is not None and residual.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
+    if residual is not None and residual.dtype != y.dtype and autocasts(y):
         residual = residual.to(y.dtype)  # as `y += residual` does
     if fold.plain_norm(bn):
         return normalise(
@@ -780,7 +780,7 @@ def _saving_pays(conv: nn.Conv2d) -> bool:
 def _weight_first_serves(conv: nn.Conv2d, x: Tensor) -> bool:
     zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     kept = again(x) is not None and not _others_save()
-    return zeros and kept and not torch.is_autocast_enabled(x.device.type)
+    return zeros and kept and not autocasts(x)
 
 
 def _others_save() -> bool:

@@ -24,7 +24,7 @@ from ..activation.module import mish, silu
 from ..convolution import winograd
 from ..core import tuning
 from ..core.op import forced
-from ..core.operator import plain_why_not
+from ..core.operator import autocasts, plain_why_not
 from ..core.snapshot import Snapshot, Source, hooked
 from . import notes
 
@@ -201,7 +201,7 @@ def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor 
         reasons.append(f"x has shape {list(x.shape)}; folding takes (N, {conv.in_channels}, H, W), not empty")
     if not (x.is_cpu or x.is_cuda):
         return [*reasons, f"x is on {x.device}; folding is for the CPU and CUDA"]
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         reasons.append("under autocast, which picks the types of each step")
     if weight.dtype != x.dtype or (given[1] is not None and given[1].dtype != x.dtype):
         reasons.append(f"x has dtype {x.dtype}, conv {weight.dtype}")

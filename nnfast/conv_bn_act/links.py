@@ -24,7 +24,7 @@ from ..convolution.op import CONV2D_ACT, Prologue, with_statistics
 from ..convolution.op import Kernels as Convolutions
 from ..convolution.op import run as convolve_and_act
 from ..convolution.reference import convolve
-from ..core.operator import by_formula, compute_dtype, convolved_size
+from ..core.operator import autocasts, by_formula, compute_dtype, convolved_size
 from . import fold, reference
 from .module import activation_code, count_batch, norm_of
 from .op import BATCH_NORM_ACT, Norm, check, enter_running, merge_statistics, recomputing, run
@@ -108,7 +108,7 @@ THEIRS = ("aten", "reference")
 
 def cast(x: Tensor) -> Tensor:
     """As autocast casts what is convolved."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -146,7 +146,7 @@ def train(
     elif residual is x:
         residual = again
     elif residual is not None:
-        residual = residual.to(u.dtype) if torch.is_autocast_enabled(u.device.type) else residual
+        residual = residual.to(u.dtype) if autocasts(u) else residual
     check(u, norm, residual, residual_norm)
     _enter(norms, last.bn, norm, u, of_last[:2])
     if projection is not None and residual_norm is not None:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 from ..activation.reference import ACTIVATIONS
+from ..core.operator import autocasts
 from .op import BATCH_NORM_ACT, NAME, Norm, check, recomputing
 from .op import batch_norm_act as _batch_norm_act
 
@@ -103,7 +104,7 @@ def _run(
     if (
         isinstance(residual, Tensor)
         and residual.dtype != x.dtype
-        and torch.is_autocast_enabled(x.device.type)
+        and autocasts(x)
         and residual.is_floating_point()
     ):
         residual = residual.to(x.dtype)  # as `x += residual` does

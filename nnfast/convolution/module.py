@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activation.reference import ACTIVATIONS
+from ..core.operator import autocasts
 from .op import CONV2D_ACT, NAME, Prologue, at_once, check
 from .op import conv2d_act as _conv2d_act
 
@@ -108,7 +109,7 @@ def _arguments(
             raise TypeError(f"nnfast.{NAME}: prologue is {prologue!r}; it needs (scale, shift, act)")
         scale, shift, name, *slope = prologue
         before = Prologue(scale, shift, _code(name, "prologue's act"), *slope)
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and autocasts(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _cast(input, dtype), _cast(weight, dtype)
         residual = None if residual is None else _cast(residual, dtype)

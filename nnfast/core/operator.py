@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -88,6 +89,17 @@ def transformed() -> bool:
 def traced() -> bool:
     """torch.jit.trace is recording: in its graphs our operators would have no gradients, and need nnfast."""
     return torch._C._get_tracing_state() is not None
+
+
+def autocasts(x: Tensor) -> bool:
+    """Autocast is on where x is; of the meta device torch does not say."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where x is, operations take the dtypes that they are given."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def by_formula(grad: Tensor, *others: Tensor | None) -> bool:

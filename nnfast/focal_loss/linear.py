@@ -21,12 +21,14 @@ from ..core import tuning
 from ..core.op import Backend, Op
 from ..core.operator import (
     LIBRARY,
+    autocasts,
     compute_dtype,
     place_why_not,
     plain_why_not,
     size_not_worth,
     traced,
     transformed,
+    without_autocast,
 )
 from . import reference
 from .op import (
@@ -270,9 +272,9 @@ def _run_linear(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    device, keep = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        half = torch.get_autocast_dtype(device)
+    keep = x.dtype
+    if autocasts(x) and x.dtype != torch.float64:
+        half = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
         keep = torch.float32
     dtype = compute_dtype(x)
@@ -280,7 +282,7 @@ def _run_linear(
     class_weight = None if class_weight is None else class_weight.to(dtype)
     rows = _Rows(slopes, losses, (of_class, class_weight, float(gamma), ignore_index, label_smoothing))
     flat = x.reshape(-1, x.shape[-1]), weight, bias, target.long().reshape(-1)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x):
         if _in_one_piece(slopes, flat, of_class, class_weight):
             loss = rows.whole(*flat)
             loss = loss if reduction == "none" else loss.sum()
@@ -375,7 +377,7 @@ def linear_focal_loss(
         assert isinstance(value, Tensor)
         if value.device != x.device:
             raise ValueError(f"{name}: {argument} is on {value.device}; it needs to be on {x.device} as x")
-        if argument != "target" and value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if argument != "target" and value.dtype != x.dtype and not autocasts(x):
             raise TypeError(
                 f"{name}: {argument} has dtype {value.dtype}; x has {x.dtype}, and both must be equal"
             )

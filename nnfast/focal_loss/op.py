@@ -38,6 +38,7 @@ from ..core.op import Backend, Op, forced, forced_outside_compile
 from ..core.operator import (
     DTYPES,
     LIBRARY,
+    autocasts,
     compute_dtype,
     define,
     implement,
@@ -485,7 +486,7 @@ def _as_given(inputs: Tensor, loss: Tensor, compute_dtype: torch.dtype) -> Tenso
     """In inputs' dtype, unless autocast is on."""
     if inputs.dtype == loss.dtype == compute_dtype:
         return loss
-    return loss.to(compute_dtype if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype)
+    return loss.to(compute_dtype if autocasts(inputs) else inputs.dtype)
 
 
 def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -608,7 +609,7 @@ def _run_sigmoid(
     """Reduce `losses(x, target, alpha, gamma)`."""
     if not targets.is_floating_point():
         targets = targets.to(inputs.dtype)
-    if torch.is_autocast_enabled(inputs.device.type):
+    if autocasts(inputs):
         inputs, targets = reference.wide(inputs), reference.wide(targets)
     loss = losses(inputs, targets, float(alpha), float(gamma))
     if reduction == "none":

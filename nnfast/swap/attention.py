@@ -123,10 +123,10 @@ def __getattr__(name: str) -> Any:
     functional = ModuleType("functional")
     vars(functional).update(vars(F), scaled_dot_product_attention=scaled_dot_product_attention)
     method = base.forward
-    forward = FunctionType(
-        method.__code__, {**method.__globals__, "F": functional}, "forward", method.__defaults__
-    )
-    forward.__kwdefaults__ = method.__kwdefaults__
+    scope = {**method.__globals__, "F": functional}
+    scope.pop("__name__", None)  # by which torch.compile would find the original's, with torch's F
+    forward = FunctionType(method.__code__, scope, "forward", method.__defaults__)
+    forward.__kwdefaults__, forward.__module__ = method.__kwdefaults__, __name__
     members = {"__doc__": base.__doc__, "__module__": __name__, "forward": forward, "nnfast_op": "attention"}
     globals()[name] = made = type(name, (base,), members)
     return made

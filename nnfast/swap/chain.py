@@ -21,7 +21,7 @@ from ..conv_bn_act.blocks import Unit
 from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
 from ..core.op import Explanation
-from ..core.operator import traced, transformed
+from ..core.operator import autocasts, traced, transformed
 
 IDENTITY = ("identity", 0.0)
 ACTIVATIONS: dict[type, tuple[str, float]] = {
@@ -337,7 +337,7 @@ def _projection(add: Add, block: list[Unit], x: Tensor) -> list[Unit] | None:
     rest, conv, norm = _tail(add.items)
     if rest or (norm is None) != (conv is None) or (norm is None and add.to_branch):
         return None
-    if torch.is_autocast_enabled(x.device.type) or any(unit.bn is norm for unit in block):
+    if autocasts(x) or any(unit.bn is norm for unit in block):
         return None
     shape = tuple(x.shape)
     for unit in block:
@@ -399,7 +399,7 @@ def _fits(residual: object, residual_conv: Any, conv: Any, x: Tensor) -> bool:
     if not eager(residual):
         return False
     assert isinstance(residual, Tensor)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x)
     lower = torch.get_autocast_dtype(x.device.type) if autocast else None
     dtypes = {
         lower if lower and c is not None and each.dtype is not torch.float64 else each.dtype

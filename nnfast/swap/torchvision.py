@@ -44,6 +44,7 @@ def __getattr__(name: str) -> Any:
     base = importlib.import_module("torchvision.models.detection.retinanet").RetinaNetClassificationHead
     method = base.compute_loss
     scope = {**method.__globals__, "sigmoid_focal_loss": sigmoid_focal_loss}
+    scope.pop("__name__", None)  # by which torch.compile would find the original's
     compute_loss = FunctionType(method.__code__, scope, method.__name__, method.__defaults__)
     members = {
         "__doc__": base.__doc__,

@@ -116,6 +116,18 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("name", ["alone", "torchvision vit", "timm vit", "vit"])
+def test_compiled(name):
+    model, call, _ = MODELS[name]()
+    model.eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = call(model)
+        nnfast.swap(model)
+        found = call(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def run(model, call, training):
     """Output and gradients; without gradients where in eval mode."""
     model.train(training)

@@ -1,4 +1,7 @@
-"""torch.jit.trace records torch's own operators alone: graphs have gradients, and need no nnfast."""
+"""Tools of torch's that look into modules: jit.trace, fx, the meta device.
+
+torch.jit.trace records torch's own operators alone: graphs have gradients, and need no nnfast.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,49 @@ def test_graphs_are_torchs(name):
         results.append([y, *torch.autograd.grad(y.sum(), [leaf, *call.parameters()])])
     for a, b in zip(*results, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.detach().abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("training", [False, True])
+def test_meta_device(name, training):
+    """Shapes without values, as for models that are made before their weights are loaded."""
+    make, shapes = CASES[name]
+    module = make().train(training).to("meta")
+    x = torch.randn(shapes[0], device="meta")
+    others = [
+        torch.zeros(x.shape[:1], dtype=torch.int64, device="meta")
+        if isinstance(shape, int)
+        else torch.randn(shape, device="meta")
+        for shape in shapes[1:]
+    ]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert module(x, *others).is_meta
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_fx_does_not_look_into_attention(kind):
+    """Nor into torch's own: so feature extractors of torchvision and timm work."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = kind(16, 2, batch_first=True)
+
+        def forward(self, x):
+            if kind is nn.TransformerEncoderLayer:
+                return self.inner(x, src_key_padding_mask=None)
+            y, _ = self.inner(x, x, value=x, need_weights=False)
+            return y
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    x = torch.randn(2, 300, 16)
+    expected = model(x)
+    assert nnfast.swap(model).replaced
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["inner"]
+    assert_close(graph(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_multihead_attention():
