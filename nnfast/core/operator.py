@@ -88,7 +88,7 @@ def transformed() -> bool:
 
 def traced() -> bool:
     """torch.jit.trace is recording: in its graphs our operators would have no gradients, and need nnfast."""
-    return torch._C._get_tracing_state() is not None
+    return not is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def autocasts(x: Tensor) -> bool:
