@@ -264,7 +264,8 @@ def test_large_batches_go_in_slices(mask, extra, monkeypatch):
         assert seen == [5, 2]
         seen.clear()
         frozen = copy.deepcopy(ours).requires_grad_(False)
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.jit.trace(lambda x: frozen(x, x, x, need_weights=False, **options)[0], x, check_trace=False)
         assert seen == [5]
     seen.clear()
