@@ -1,7 +1,7 @@
 # Every target does the set-up it needs, from a fresh clone on: .venv, pinned requirements, build.
 #
 #   make demo     train a small network as written and swapped; ARGS="--epochs 1"
-#   make test     all checks: lint, then the tests; ARGS="tests/cli -x"
+#   make test     all checks: lint, then the tests, in WORKERS processes; ARGS="tests/cli -x"
 #   make lint     ruff, mypy, clang-format
 #   make bench    the benchmarks; ARGS="-k mish"
 #   make clean    remove what was built; .venv stays
@@ -10,6 +10,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -26,7 +27,7 @@ demo: $(INSTALLED)
 
 test: lint
 	@echo "pytest"
-	@$(RUN) pytest $(ARGS)
+	@$(RUN) pytest -n $(WORKERS) $(ARGS)
 
 lint: $(INSTALLED)
 	@echo "ruff"

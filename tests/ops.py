@@ -547,6 +547,12 @@ def _attention_operands(x: Tensor) -> tuple[Any, ...]:
     return q, k, v, *Terms(bias=bias, is_causal=True, scale=0.25)
 
 
+def _projected_attention_operands(x: Tensor) -> tuple[Any, ...]:
+    q, k, v, *terms = _attention_operands(x)
+    in_bias, weight = (torch.randn(n, q.shape[i], q.shape[3], device=x.device) for n, i in ((3, 1), (1, 3)))
+    return q, k, v, in_bias, weight[0], *terms[:3], True, 0.25
+
+
 def _attention_backward_operands(x: Tensor) -> tuple[Any, ...]:
     q, k, v, *terms = _attention_operands(x)
     out, lse = attention_reference.attention(q, k, v, Terms(*terms))
@@ -561,7 +567,11 @@ _ATTENTION = Case(
     torch_module=torch.nn.MultiheadAttention,
     seed=_seed_attention,
     truth=_seed_attention,
-    operators={"attention": _attention_operands, "attention_backward": _attention_backward_operands},
+    operators={
+        "attention": _attention_operands,
+        "projected_attention": _projected_attention_operands,
+        "attention_backward": _attention_backward_operands,
+    },
     samples=(
         Sample("body", lambda: torch.randn(3, 65, 24)),
         Sample("heads", lambda: torch.randn(2, 3, 33, 16)),

@@ -26,34 +26,38 @@ struct Forward {
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t width = whole_panels<T, bytes>(p.values);
-    const Scratch<T> q(queries_each * p.head), k(key_block * p.head), v(key_block * width),
-        out(queries_each * width), s(key_block * query_block), ends(2 * queries_each);
+    const Scratch<T> q(queries_each * p.head), raw(p.weight ? query_block * p.head : 0),
+        k(key_block * p.head), v(key_block * width), out(queries_each * width), s(key_block * query_block),
+        ends(2 * queries_each);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / spans(), first = task % spans() * queries_each;
       const Scores<T, bytes> scores(p, row / p.heads, row % p.heads);
-      one(scores, first, std::min(p.queries - first, queries_each), q, k, v, out, s, ends);
+      one(scores, first, std::min(p.queries - first, queries_each), q, raw, k, v, out, s, ends);
     }
   }
 
  private:
   template <int bytes>
-  NNFAST_INLINE void one(const Scores<T, bytes>& scores, int64_t first, int64_t queries, T* q, T* k, T* v,
-                         T* out, T* s, T* ends) const {
+  NNFAST_INLINE void one(const Scores<T, bytes>& scores, int64_t first, int64_t queries, T* q, T* raw, T* k,
+                         T* v, T* out, T* s, T* ends) const {
     const int64_t n = scores.n, h = scores.h, of_keys = p.key_head(h);
     const int64_t width = whole_panels<T, bytes>(p.values);
     const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
     T *most = ends, *sum = ends + queries_each;
-    for (int64_t i = 0; i < queries; i += query_block)
-      pack_columns<bytes>(p.q.at(n, h) + (first + i) * p.q.l, p.q.l, p.q.d,
-                          std::min<int64_t>(queries - i, query_block), p.head, p.scale, q + i * p.head);
+    for (int64_t i = 0; i < queries; i += query_block) {
+      const int64_t columns = std::min<int64_t>(queries - i, query_block);
+      pack_columns<bytes>(p.q.at(n, h) + (first + i) * p.q.l, p.q.l, p.q.d, columns, p.head, p.scale,
+                          p.weight ? raw : q + i * p.head, p.added_to(0, h));
+      if (p.weight) multiply<bytes>(raw, columns, q + i * p.head);
+    }
     std::fill_n(most, queries_each, -scores.infinity);
     std::fill_n(sum, queries_each, T{});
     std::fill_n(out, queries * width, T{});
     const Range all = scores.seen(first, first + queries);
     for (int64_t j = all.begin; j < all.end; j += key_block) {
       const int rows = int(std::min<int64_t>(all.end - j, key_block));
-      copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k);
-      pack_rows<bytes>(from_v + j * p.v.l, p.v.l, p.v.d, rows, p.values, T(1), v);
+      copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k, p.added_to(1, h));
+      pack_rows<bytes>(from_v + j * p.v.l, p.v.l, p.v.d, rows, p.values, T(1), v, p.added_to(2, h));
       for (int64_t i = 0; i < queries; i += query_block) {
         const int columns = int(std::min<int64_t>(queries - i, query_block));
         const Range seen = scores.seen(first + i, first + i + columns);
@@ -79,6 +83,15 @@ struct Forward {
     for (int64_t i = 0; i < queries; ++i, to += of_out.l)
       for (int64_t d = 0; d < p.values; ++d) to[d] = out[i * width + d] * sum[i];
     std::copy_n(most, queries, lse + (n * p.heads + h) * p.queries + first);
+  }
+
+  // Packed queries times the weight: a panel of them at a time, since panels lie one after another.
+  template <int bytes>
+  NNFAST_INLINE void multiply(const T* q, int64_t columns, T* to) const {
+    constexpr int64_t panel = GemmShape<T, bytes>::panel;
+    for (int64_t i = 0; i < columns; i += panel)
+      within<bytes>(
+          Gemm<T>{p.head, panel, p.head, p.weight, 1, p.head, q + i * p.head, to + i * p.head, panel, false});
   }
 
   // Maxima to log-sum-exps, and sums to what they divide by.
@@ -432,8 +445,15 @@ Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const T
   check_dtype(op, "mask", mask, ScalarType::Bool);
   check_dtype(op, "key_padding", padding, ScalarType::Bool);
   check_dtype(op, "seed", seed, ScalarType::Long);
-  Attention<T> p{
-      operand<T>(q), operand<T>(k), operand<T>(v), broadcast<T>(bias), broadcast<uint8_t>(mask), {}, {}};
+  Attention<T> p{operand<T>(q),
+                 operand<T>(k),
+                 operand<T>(v),
+                 broadcast<T>(bias),
+                 broadcast<uint8_t>(mask),
+                 {},
+                 {},
+                 {},
+                 {}};
   if (padding) p.padding = {data<uint8_t>(*padding), padding->stride(0), 0, padding->stride(1), 0};
   if (slopes) p.slopes = {data<T>(*slopes), slopes->stride(0), slopes->stride(1), 0, 0};
   p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.head = q.size(3);
@@ -457,14 +477,28 @@ auto of_type(const char* op, const Tensor& q, const Body& body) {
   return body(float{});
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
-                                   const Optional& padding, const Optional& bias, const Optional& slopes,
-                                   const Optional& seed, bool is_causal, double scale, double softcap,
-                                   int64_t left, int64_t right, double dropout_p) {
-  return of_type(forward_name, q, [&](auto element) {
+// in_bias: (3, H, D), added to q, k and v before all else; query_weight: (D, D), which q is multiplied by
+// then
+std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Optional& in_bias, const Optional& query_weight,
+                                      const Optional& mask, const Optional& padding, const Optional& bias,
+                                      const Optional& slopes, const Optional& seed, bool is_causal,
+                                      double scale, double softcap, int64_t left, int64_t right,
+                                      double dropout_p) {
+  return of_type(op, q, [&](auto element) {
     using T = decltype(element);
-    const auto p = arguments<T>(forward_name, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale,
-                                softcap, left, right, dropout_p);
+    auto p = arguments<T>(op, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale, softcap, left,
+                          right, dropout_p);
+    for (const auto& [name, x, size] : {std::tuple("in_bias", &in_bias, 3 * p.heads * p.head),
+                                        std::tuple("query_weight", &query_weight, p.head * p.head)}) {
+      check_dtype(op, name, *x, q.scalar_type());
+      if (*x && !((*x)->is_contiguous() && (*x)->numel() == size))
+        fail(op, ": ", name, " has ", (*x)->numel(), " elements; it needs ", size, ", without gaps");
+    }
+    if (in_bias && (p.key_heads != p.heads || p.values != p.head))
+      fail(op, ": q, k and v need to have the same heads and head dim");
+    p.added = in_bias ? data<T>(*in_bias) : nullptr;
+    p.weight = query_weight ? data<T>(*query_weight) : nullptr;
     const int64_t row = p.heads * p.values;  // of one place, whichever of batch and length comes first
     const bool length_first = q.stride(0) < q.stride(2);
     Tensor out =
@@ -483,6 +517,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     parallel(heads * loop.spans(), 1, loop);
     return std::make_tuple(out, lse);
   });
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
+                                   const Optional& padding, const Optional& bias, const Optional& slopes,
+                                   const Optional& seed, bool is_causal, double scale, double softcap,
+                                   int64_t left, int64_t right, double dropout_p) {
+  return forward_of(forward_name, q, k, v, {}, {}, mask, padding, bias, slopes, seed, is_causal, scale,
+                    softcap, left, right, dropout_p);
+}
+
+Tensor projected(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& in_bias,
+                 const Optional& query_weight, const Optional& mask, const Optional& padding,
+                 const Optional& bias, bool is_causal, double scale) {
+  return std::get<0>(forward_of("projected_attention", q, k, v, in_bias, query_weight, mask, padding, bias,
+                                {}, {}, is_causal, scale, 0, -1, -1, 0));
 }
 
 Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -539,5 +588,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   m.impl("attention.cpu", TORCH_BOX(&nnfast::cpu::forward));
+  m.impl("projected_attention", TORCH_BOX(&nnfast::cpu::projected));
   m.impl("attention_backward.cpu", TORCH_BOX(&nnfast::cpu::backward));
 }

@@ -30,6 +30,8 @@ struct Attention {
   Operand<uint8_t> mask;
   Operand<uint8_t> padding;  // strides n and l
   Operand<T> slopes;         // strides n and h
+  const T* added;            // (3, H, D): to queries, keys and values, if there are as many of each
+  const T* weight;           // (D, D): what queries are multiplied by then
   int64_t batch, heads, key_heads, queries, keys, head, values;
   int64_t left, right;  // no less than both lengths where there is no limit
   T scale;
@@ -39,6 +41,11 @@ struct Attention {
   T kept;          // its factor
 
   NNFAST_INLINE int64_t key_head(int64_t h) const { return h / (heads / key_heads); }
+
+  // What is added to a head's queries (0), keys (1) or values (2), or null.
+  NNFAST_INLINE const T* added_to(int64_t which, int64_t h) const {
+    return added ? added + (which * heads + h) * head : nullptr;
+  }
 };
 
 struct Range {
@@ -52,21 +59,27 @@ NNFAST_INLINE int64_t whole_panels(int64_t columns) {
   return (columns + panel - 1) / panel * panel;
 }
 
-// x: (rows, columns) as `Gemm` takes its b, times a factor.
+// V or T from memory, and what is added to column j on, if anything.
+template <class V, class T>
+NNFAST_INLINE V load_sum(const T* x, const T* added, int64_t j) {
+  return added ? load<V>(x) + load<V>(added + j) : load<V>(x);
+}
+
+// x: (rows, columns), with a row `added` to each if that is not null, times a factor, as `Gemm` takes its b.
 template <int bytes, class T>
 NNFAST_INLINE void pack_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T factor,
-                             T* to) {
+                             T* to, const T* added = nullptr) {
   using V = typename VectorOf<T, bytes>::type;
   constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
   for (int64_t j = 0; j < columns; j += panel, to += rows * panel)
     for (int64_t i = 0; i < rows; ++i) {
       const T* from = x + i * row + j * column;
       if (column == 1 && j + panel <= columns) {
-        store(to + i * panel, load<V>(from) * factor);
-        store(to + i * panel + lanes, load<V>(from + lanes) * factor);
+        store(to + i * panel, load_sum<V>(from, added, j) * factor);
+        store(to + i * panel + lanes, load_sum<V>(from + lanes, added, j + lanes) * factor);
       } else {
         for (int64_t l = 0; l < panel; ++l)
-          to[i * panel + l] = j + l < columns ? from[l * column] * factor : T{};
+          to[i * panel + l] = j + l < columns ? load_sum<T>(from + l * column, added, j + l) * factor : T{};
       }
     }
 }
@@ -74,7 +87,7 @@ NNFAST_INLINE void pack_rows(const T* x, int64_t row, int64_t column, int64_t ro
 // The transpose of x: (rows, columns), likewise.
 template <int bytes, class T>
 NNFAST_INLINE void pack_columns(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                                T factor, T* to) {
+                                T factor, T* to, const T* added = nullptr) {
   using V = typename VectorOf<T, bytes>::type;
   constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
   for (int64_t i = 0; i < whole_panels<T, bytes>(rows); i += lanes) {
@@ -84,24 +97,29 @@ NNFAST_INLINE void pack_columns(const T* x, int64_t row, int64_t column, int64_t
     if (column == 1 && there == lanes)
       for (; j + lanes <= columns; j += lanes) {
         V square[lanes];
-        for (int l = 0; l < lanes; ++l) square[l] = load<V>(x + (i + l) * row + j) * factor;
+        for (int l = 0; l < lanes; ++l) square[l] = load_sum<V>(x + (i + l) * row + j, added, j) * factor;
         transpose<lanes / 2>(square);
         for (int l = 0; l < lanes; ++l) store(panel_of + (j + l) * panel, square[l]);
       }
     for (; j < columns; ++j)
       for (int64_t l = 0; l < lanes; ++l)
-        panel_of[j * panel + l] = l < there ? x[(i + l) * row + j * column] * factor : T{};
+        panel_of[j * panel + l] =
+            l < there ? load_sum<T>(x + (i + l) * row + j * column, added, j) * factor : T{};
   }
 }
 
-// x: (rows, columns) without gaps.
+// x: (rows, columns) without gaps, likewise.
 template <class T>
-NNFAST_INLINE void copy_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T* to) {
-  for (int64_t i = 0; i < rows; ++i, to += columns)
+NNFAST_INLINE void copy_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T* to,
+                             const T* added = nullptr) {
+  for (int64_t i = 0; i < rows; ++i, to += columns) {
     if (column == 1)
       std::memcpy(to, x + i * row, columns * sizeof(T));
     else
       for (int64_t j = 0; j < columns; ++j) to[j] = x[i * row + j * column];
+    if (added)
+      for (int64_t j = 0; j < columns; ++j) to[j] += added[j];
+  }
 }
 
 // The words of Philox4x32-10 (Salmon et al. 2011) for counters (group, first_row + lane, head, 0).

@@ -72,14 +72,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        reasons = _torchs_reasons(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
-        )
-        if reasons or (name is None and _not_worth(self, query, key, value, key_padding_mask, attn_mask)):
+        call = _Call(query, key, value, key_padding_mask, attn_mask, is_causal)
+        reasons = _torchs_reasons(self, call, need_weights)
+        if reasons or (name is None and _not_worth(self, call)):
             if name not in (None, "aten"):
-                call = describe((query, key, value), {})
                 why = "\n".join(f"  {name}: {reason}" for reason in reasons)
-                raise BackendError(f"{_NAME}: backend {name!r} is forced and cannot serve {call}\n{why}")
+                raise BackendError(
+                    f"{_NAME}: backend {name!r} is forced and cannot serve {call.described()}\n{why}"
+                )
             result: tuple[Tensor, Tensor | None] = super().forward(
                 query,
                 key,
@@ -91,10 +91,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 is_causal=is_causal,
             )
             return result
-        if each := _slice(self, query, key, value):
-            slices = _slices(each, self.num_heads, query, key_padding_mask, attn_mask)
-            return torch.cat([_attended(self, x, x, x, *masks, is_causal) for x, masks in slices]), None
-        return _attended(self, query, key, value, key_padding_mask, attn_mask, is_causal), None
+        if each := _slice(self, call):
+            return torch.cat([_attended(self, some) for some in _slices(self, call, each)]), None
+        return _attended(self, call), None
 
     def explain(
         self,
@@ -108,17 +107,35 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> Explanation:
         """What `nnfast.explain` says of a call."""
-        reasons = _torchs_reasons(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
-        )
+        call = _Call(query, key, value, key_padding_mask, attn_mask, is_causal)
+        reasons = _torchs_reasons(self, call, need_weights)
         if forced() is None:
-            reasons = reasons or _not_worth(self, query, key, value, key_padding_mask, attn_mask)
+            reasons = reasons or _not_worth(self, call)
         if reasons:
             backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
-            call = describe((query, key, value), {})
-            return Explanation("attention", "aten", {**backends, "aten": []}, forced(), call)
-        q, k, v, options = _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+            return Explanation("attention", "aten", {**backends, "aten": []}, forced(), call.described())
+        q, k, v, options = _arguments(self, call, self.in_proj_bias)
         return op.ATTENTION.explain(*op.arguments(q, k, v, **options))
+
+
+class _Call(NamedTuple):
+    """Arguments of `MultiheadAttention.forward`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Queries, keys and values are one."""
+        return self.query is self.key is self.value
+
+    def described(self) -> str:
+        """In words."""
+        return describe(self[:3], {})
 
 
 class _Sizes(NamedTuple):
@@ -129,7 +146,8 @@ class _Sizes(NamedTuple):
     keys: int
 
 
-def _sizes(m: nn.MultiheadAttention, query: Tensor, key: Tensor) -> _Sizes:
+def _sizes(m: nn.MultiheadAttention, call: _Call) -> _Sizes:
+    query, key = call.query, call.key
     if query.dim() == 2:
         return _Sizes(1, query.shape[0], key.shape[0])
     if m.batch_first:
@@ -137,17 +155,9 @@ def _sizes(m: nn.MultiheadAttention, query: Tensor, key: Tensor) -> _Sizes:
     return _Sizes(query.shape[1], query.shape[0], key.shape[0])
 
 
-def _torchs_reasons(
-    m: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    need_weights: bool,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-) -> list[str]:
+def _torchs_reasons(m: nn.MultiheadAttention, call: _Call, need_weights: bool) -> list[str]:
     """Why a call is torch's."""
+    query, key, value, key_padding_mask, attn_mask, is_causal = call
     if need_weights:
         return ["need_weights is True, and fused attention never has the weights"]
     given = [query, key, value, *(x for x in (key_padding_mask, attn_mask) if x is not None)]
@@ -169,7 +179,7 @@ def _torchs_reasons(
         reasons.append("inputs and parameters are on several devices")
     if not autocasts(query) and any(x.dtype != query.dtype for x in (key, value, *weights)):
         reasons.append("query, key, value and the parameters have several dtypes")
-    return reasons or _shape_reasons(m, query, key, value, key_padding_mask, attn_mask)
+    return reasons or _shape_reasons(m, call)
 
 
 def recorded(module: nn.Module, x: Proxy, *args: Any) -> Any:
@@ -193,21 +203,22 @@ def _differentiates(m: nn.MultiheadAttention, query: Tensor) -> bool:
     return torch.is_grad_enabled() and (query.requires_grad or any(w.requires_grad for w in m.parameters()))
 
 
-def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *masks: Any) -> list[str]:
+def _not_worth(m: nn.MultiheadAttention, call: _Call) -> list[str]:
     """Why torch's own way is the faster one."""
+    query = call.query
     if not query.is_cpu or torch.compiler.is_compiling():
         return []
     grad = _differentiates(m, query)
     if not grad and query.numel() < tuning.MULTIHEAD_ELEMENTS:
         return [f"{query.numel()} elements; measured to pay from {tuning.MULTIHEAD_ELEMENTS} on"]
-    n, queries, keys = _sizes(m, query, key)
+    n, queries, keys = _sizes(m, call)
     if op.is_for_cpu(query, queries):
         return []
     weights = n * m.num_heads * queries * keys
     if m.training and m.dropout and weights <= tuning.MULTIHEAD_DROPOUT_WEIGHTS:
         return ["dropout on the CPU, which torch draws faster for weights that fit in memory"]
     if (
-        query is key is value
+        call.is_self_attention
         and m.batch_first
         and not (grad or m.training or m.num_heads % 2 or m.add_zero_attn)
         and m.bias_k is None
@@ -217,7 +228,7 @@ def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tens
         and query.shape[1] <= tuning.MULTIHEAD_FASTPATH_LENGTH
         and torch.backends.mha.get_fastpath_enabled()
         and not torch.is_autocast_enabled()
-        and not any(x is not None and x.is_floating_point() for x in masks)
+        and not any(x is not None and x.is_floating_point() for x in (call.key_padding_mask, call.attn_mask))
     ):
         return [
             f"torch's fused inference path, measured to be faster up to length "
@@ -226,21 +237,15 @@ def _not_worth(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tens
     return []
 
 
-def _shape_reasons(
-    m: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-) -> list[str]:
+def _shape_reasons(m: nn.MultiheadAttention, call: _Call) -> list[str]:
     """What torch has an error for."""
+    query, key, value, key_padding_mask, attn_mask, _ = call
     dims = query.dim()
     if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
         return ["query, key and value need all to be 3-D, or all 2-D"]
     if query.shape[-1] != m.embed_dim or key.shape[-1] != m.kdim or value.shape[-1] != m.vdim:
         return [f"embed_dim is {m.embed_dim}, kdim {m.kdim}, vdim {m.vdim}; the inputs have others"]
-    n, queries, keys = _sizes(m, query, key)
+    n, queries, keys = _sizes(m, call)
     if key.shape[:-1] != value.shape[:-1] or (dims == 3 and key.shape[1 - m.batch_first] != n):
         return ["query, key and value need the same batch, key and value the same length"]
     if key_padding_mask is not None:
@@ -267,31 +272,48 @@ def _weights(m: nn.MultiheadAttention) -> tuple[Tensor | None, ...]:
 # --- the computation ----------------------------------------------------------------------------------------
 
 
-def _attended(
-    m: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
+def _attended(m: nn.MultiheadAttention, call: _Call) -> Tensor:
     """The output."""
-    q, k, v, options = _arguments(m, query, key, value, key_padding_mask, attn_mask, is_causal)
-    out: Tensor = attention(q, k, v, **options)
-    batched = query.dim() == 3
+    out: Tensor
+    if _adds_inside(m, call):
+        q, k, v, options = _arguments(m, call, None)
+        del options["dropout_p"]  # 0
+        in_bias = m.in_proj_bias.view(3, m.num_heads, m.head_dim)
+        out = op.projected_attention(q, k, v, in_bias=in_bias, **options)
+    else:
+        q, k, v, options = _arguments(m, call, m.in_proj_bias)
+        out = attention(q, k, v, **options)
+    batched = call.query.dim() == 3
     # (N, H, Lq, D), whose rows of all heads have no gaps where our kernels made it
     out = out.transpose(1, 2) if m.batch_first or not batched else out.permute(2, 0, 1, 3)
     out = F.linear(out.flatten(2), m.out_proj.weight, m.out_proj.bias)
     return out if batched else out.squeeze(0)
 
 
-def _slice(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> int:
+def _adds_inside(m: nn.MultiheadAttention, call: _Call) -> bool:
+    """Our CPU kernels add in_proj_bias as they read: a pass over the projections less."""
+    n, queries, keys = _sizes(m, call)
+    return (
+        call.is_self_attention
+        and m.in_proj_bias is not None
+        and m.in_proj_weight is not None
+        and m.bias_k is None
+        and not (m.add_zero_attn or (m.training and m.dropout))
+        and forced() in (None, "cpu")
+        and op.is_for_cpu(call.query, queries)
+        and n * m.num_heads * queries * keys >= tuning.ATTENTION_SCORES
+        and not transformed()
+        and not _differentiates(m, call.query)
+    )
+
+
+def _slice(m: nn.MultiheadAttention, call: _Call) -> int:
     """How much of the batch an inference takes at once whose projections would be large; 0: all."""
+    query = call.query
     size = 3 * query.numel() * query.element_size()
     if (
         size <= tuning.MULTIHEAD_SLICE
-        or not (query is key is value and m.batch_first and query.dim() == 3)
+        or not (call.is_self_attention and m.batch_first and query.dim() == 3)
         or query.shape[0] == 1
         or not op.is_for_cpu(query, query.shape[1])
         or transformed()
@@ -303,31 +325,27 @@ def _slice(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) 
     return -(-n // count)
 
 
-def _slices(
-    each: int, heads: int, query: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor | None]]]:
-    """Slices of the batch, of the queries and what masks them."""
-    for begin in range(0, query.shape[0], each):
+def _slices(m: nn.MultiheadAttention, call: _Call, each: int) -> Iterator[_Call]:
+    """The call in slices of the batch."""
+    padding, mask = call.key_padding_mask, call.attn_mask
+    for begin in range(0, call.query.shape[0], each):
         end = begin + each
-        padding = None if key_padding_mask is None else key_padding_mask[begin:end]
-        mask = attn_mask
-        if mask is not None and mask.dim() == 3:
-            mask = mask[begin * heads : end * heads]
-        yield query[begin:end], (padding, mask)
+        x = call.query[begin:end]
+        yield _Call(
+            *(x, x, x),
+            None if padding is None else padding[begin:end],
+            mask if mask is None or mask.dim() == 2 else mask[begin * m.num_heads : end * m.num_heads],
+            call.is_causal,
+        )
 
 
 def _arguments(
-    m: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
+    m: nn.MultiheadAttention, call: _Call, in_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Queries, keys and values (N, H, L, D), and the options that `op.attention` takes."""
-    sizes = _sizes(m, query, key)
-    q, k, v = _projected(m, query, key, value)
+    query, key_padding_mask = call.query, call.key_padding_mask
+    sizes = _sizes(m, call)
+    q, k, v = _projected(m, call, in_bias)
     where = 0 if query.dim() == 2 else int(m.batch_first)  # the length's dimension
     extra = 0
     if m.bias_k is not None:
@@ -342,8 +360,8 @@ def _arguments(
             torch.cat([x, x.new_zeros([*x.shape[:where], 1, *x.shape[where + 1 :]])], where) for x in (k, v)
         )
         extra += 1
-    causal = is_causal and key_padding_mask is None
-    mask, bias = _masks(m, None if causal else attn_mask, sizes)
+    causal = call.is_causal and key_padding_mask is None
+    mask, bias = _masks(m, None if causal else call.attn_mask, sizes)
     padding = None
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask.view(sizes.batch, sizes.keys)
@@ -382,12 +400,10 @@ def _masks(
     return (~attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
 
 
-def _projected(
-    m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(m: nn.MultiheadAttention, call: _Call, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values with their features as (H, D), as few products as there are inputs."""
+    query, key, value = call[:3]
     heads = (m.num_heads, m.head_dim)
-    bias = m.in_proj_bias
     if not m._qkv_same_embed_dim:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         weights = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)

@@ -8,7 +8,13 @@ expanded:
         out, lse, *options, bias_grad) -> (grad_q, grad_k, grad_v, grad_bias)
 
 out is laid out as `core.operator.attention_out` says, gradients as `torch.empty_like` lays them out;
-grad_bias is empty unless bias_grad. `ATTENTION`, which chooses among the backends, is differentiable in q, k,
+grad_bias is empty unless bias_grad. For inference on the CPU alone, one of (q + in_bias[0]) query_weight,
+k + in_bias[1] and v + in_bias[2], with in_bias: (3, H, D) and query_weight: (D, D):
+
+    nnfast::projected_attention(q, k, v, in_bias, query_weight, mask, key_padding, bias, is_causal, scale)
+        -> out
+
+`ATTENTION`, which chooses among the backends, is differentiable in q, k,
 v and bias.
 """
 
@@ -74,14 +80,20 @@ class Kernels:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> tuple[Tensor, Tensor]:
         """Out and lse, with whatever differentiation asks for."""
         result: tuple[Tensor, Tensor]
-        if terms.mask is not None:
-            terms = terms._replace(mask=terms.mask.expand(*q.shape[:3], k.shape[2]))
+        terms = _expanded(terms, q, k)
         if sdpa.requires_grad(q, k, v, terms.bias):
             apply = _Attention.apply if is_compiling() else _attention
             result = apply(self, q, k, v, *terms)  # type: ignore[no-untyped-call]
         else:
             result = self.forward(q, k, v, *terms)
         return result
+
+
+def _expanded(terms: Terms, q: Tensor, k: Tensor) -> Terms:
+    """With the mask as the operators take it."""
+    if terms.mask is None:
+        return terms
+    return terms._replace(mask=terms.mask.expand(*q.shape[:3], k.shape[2]))
 
 
 class _Attention(torch.autograd.Function):
@@ -130,6 +142,41 @@ def _in_triton(function: str) -> Callable[..., Any]:
 
 implement("attention", chunked.forward, _in_triton("forward"))
 implement("attention_backward", chunked.backward, _in_triton("backward"))
+
+
+PROJECTED = define(
+    LIBRARY,
+    "projected_attention(Tensor q, Tensor k, Tensor v, Tensor? in_bias, Tensor? query_weight, Tensor? mask, "
+    "Tensor? key_padding, Tensor? bias, bool is_causal, float scale) -> Tensor",
+    lambda q, k, v, *_: attention_out(q, v.shape[3]),
+)
+
+
+def _project(
+    q: Tensor, k: Tensor, v: Tensor, in_bias: Tensor | None, query_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if in_bias is not None:
+        q, k, v = (x + b for x, b in zip((q, k, v), in_bias.unsqueeze(2), strict=True))
+    return (q if query_weight is None else q @ query_weight), k, v
+
+
+def _projected_fallback(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    in_bias: Tensor | None,
+    query_weight: Tensor | None,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    terms = Terms(mask, key_padding, bias, is_causal=is_causal, scale=scale)
+    return chunked.forward(*_project(q, k, v, in_bias, query_weight), *terms)[0]
+
+
+LIBRARY.impl("projected_attention", _projected_fallback, "CompositeExplicitAutograd")
 
 
 def _run_aten(
@@ -446,6 +493,56 @@ def attention(
         terms = terms._replace(seed=torch.randint(1 << 62, (), device=q.device))
     out, lse = ATTENTION(q, k, v, terms, return_lse)
     return (out, lse) if return_lse else out
+
+
+def projected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    in_bias: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of (q + in_bias[0]) query_weight, k + in_bias[1] and v + in_bias[2], for inference.
+
+    q, k, v: (N, H, L, D); in_bias: (3, H, D); query_weight: (D, D). Our CPU kernels do both as they read,
+    which spares passes over memory.
+    """
+    projections = in_bias, query_weight
+    differentiates = sdpa.requires_grad(q, k, v, *projections, bias)
+    out: Tensor
+    if (
+        mask is key_padding_mask is bias is None
+        and not differentiates
+        and _is_plain(q, k, v)
+        and _is_plain_for_cpu(q, k, v)
+    ):
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        out = PROJECTED(q, k, v, *projections, None, None, None, is_causal, scale)
+        return out
+    call = arguments(
+        q,
+        k,
+        v,
+        mask=mask,
+        key_padding_mask=key_padding_mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    backend = ATTENTION.choose(*call)
+    q, k, v, terms, _ = call
+    if backend.name == "cpu" and not differentiates and q.dtype in _CPU_DTYPES:
+        mask, padding, bias, *_rest = _expanded(terms, q, k)
+        out = PROJECTED(q, k, v, *projections, mask, padding, bias, terms.is_causal, terms.scale)
+    else:
+        out, _ = backend.run(*_project(q, k, v, *projections), terms, False)
+    return out
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -140,10 +140,16 @@ class _Weights(NamedTuple):
 def _attend(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
     weights = _weights(m, values, keys, query)
     q, k, v = (_heads(m, x) for x in (query, keys, values))
-    q, k, v = (_project(x, w) for x, w in zip((q, k, v), weights[:3], strict=True))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    k, v = _project(k, weights.key), _project(v, weights.value)
     attend = mask if mask is None or mask.dtype == torch.bool else mask != 0
-    out: Tensor = attention(q, k, v, mask=attend, scale=_scale(m))
+    out: Tensor
+    if weights.query is not None and not weights.query.requires_grad and op.is_for_cpu(q, q.shape[1]):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = op.projected_attention(q, k, v, query_weight=weights.query, mask=attend, scale=_scale(m))
+    else:
+        q = _project(q, weights.query)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = attention(q, k, v, mask=attend, scale=_scale(m))
     if attend is not None and v.shape[2]:
         blind = ~attend.any(-1, keepdim=True)
         # asking costs a GPU its queue, and compilers the graph
@@ -180,7 +186,8 @@ def _fold(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, kept: b
 
 
 def _weights(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor) -> _Weights:
-    sources = (m.values.weight, m.keys.weight, m.queries.weight, m.fc_out.weight)
+    names = ("values", "keys", "queries", "fc_out")
+    sources: tuple[Any, ...] = tuple(m._modules[name]._parameters["weight"] for name in names)  # type: ignore[union-attr]
     grad = torch.is_grad_enabled() and any(w.requires_grad for w in sources)
     kept = not (
         m.training

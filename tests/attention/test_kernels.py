@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import nnfast
-from nnfast.attention import kernels
+from nnfast.attention import kernels, op
 from nnfast.core import extension
 from nnfast.core.op import forced
 from nnfast.core.tuning import AttentionConfig
@@ -227,6 +227,67 @@ def test_views(device, in_kernels):
             expected = [ours(*plain, **options), *gradients(ours, *plain, options, g)]
             for a, b in zip(found, expected, strict=True):
                 assert torch.equal(a, b), what
+
+
+@pytest.fixture
+def in_compiled(device):
+    """Calls run in the compiled CPU kernels."""
+    if device != "cpu" or (missing := extension.why_not("attention.cpu", "CPU")):
+        pytest.skip(missing if device == "cpu" else "on the CPU alone")
+    with nnfast.backend("cpu"):
+        yield
+
+
+@pytest.mark.parametrize("name", ["plain", "padding causal", "blind causal", "padding mask", "bias of keys"])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("head", [5, 16, 72])
+def test_projections(head, wide, name, in_compiled):
+    """Biases added as kernels read give the bits of those added before; of packed projections (N, L, 3, H, D)
+    and (L, N, 3, H, D). A product made there is as exact as torch's."""
+    shape = Shape(2, 3, 3, 130, 130, head, head)
+    options = call(name, shape, wide, "cpu")
+    in_bias = randn(3, 3, head, seed=3).to(wide)
+    weight = randn(head, head, seed=4).to(wide) * head**-0.5
+    for first, sizes in enumerate(((2, 130), (130, 2))):
+        q, k, v = randn(*sizes, 3, 3, head, seed=5).to(wide).permute(2, first, 3, 1 - first, 4)
+        sums = [x + b for x, b in zip((q, k, v), in_bias.unsqueeze(2), strict=True)]
+        for projections, q2, k2, v2 in (
+            ({"in_bias": in_bias}, *sums),
+            ({"query_weight": weight}, q @ weight, k, v),
+            ({"in_bias": in_bias, "query_weight": weight}, sums[0] @ weight, *sums[1:]),
+        ):
+            out = op.projected_attention(q, k, v, **projections, **options)
+            before = ours(q2, k2, v2, **options)
+            if "query_weight" not in projections:
+                assert torch.equal(out, before)
+                assert out.stride() == before.stride()
+            exact = op._project(q.double(), k.double(), v.double(), *projected(projections, torch.float64))
+            expected, _ = truth(*exact, **options)
+            assert_as_exact(out, torchs(q2, k2, v2, **options), expected, f"{projections.keys()}, {wide}")
+            given = op.arguments(q, k, v, **options)[3]
+            plain = (given.mask, given.key_padding, given.bias, given.is_causal, given.scale)
+            assert_close(op._projected_fallback(q, k, v, *projected(projections), *plain), before)
+            with nnfast.backend("reference"):
+                assert_close(op.projected_attention(q, k, v, **projections, **options), before)
+
+
+def projected(projections: dict, dtype: torch.dtype | None = None) -> list:
+    """in_bias and query_weight, in a dtype."""
+    found = (projections.get("in_bias"), projections.get("query_weight"))
+    return [x if x is None else x.to(dtype or x.dtype) for x in found]
+
+
+def test_projections_of_wrong_shapes(in_compiled):
+    q = torch.randn(1, 2, 64, 8)
+    for k, in_bias, weight, message in (
+        (q, torch.randn(3, 2, 7), None, "in_bias has 42 elements; it needs 48"),
+        (q, torch.randn(3, 8, 2).mT, None, "without gaps"),
+        (q, torch.randn(3, 2, 8).double(), None, "in_bias has dtype Double"),
+        (q[:, :1], torch.randn(3, 2, 8), None, "the same heads and head dim"),
+        (q, None, torch.randn(8, 7), "query_weight has 56 elements; it needs 64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op.PROJECTED(q, k, k, in_bias, weight, None, None, None, False, 1.0)
 
 
 def test_out_lies_as_the_queries_do(device, in_kernels):

@@ -102,6 +102,32 @@ def test_everything_it_takes(kind, batch_first, extra):
         ours(*given, need_weights=False)
 
 
+@pytest.mark.parametrize("kind", ["self", "unbatched"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_biases_are_added_by_our_kernels(kind, batch_first, monkeypatch):
+    if missing := extension.why_not("attention.cpu", "CPU"):
+        pytest.skip(missing)
+    monkeypatch.setattr(tuning, "ATTENTION_QUERIES", 1)
+    monkeypatch.setattr(tuning, "ATTENTION_SCORES", 0)
+    calls, run = [], op.PROJECTED
+    monkeypatch.setattr(op, "PROJECTED", lambda *args: calls.append(1) or run(*args))
+    for dtype in (torch.float32, torch.float64):
+        theirs, ours = pair(dtype, batch_first=batch_first)
+        (x, *_), (n, _) = inputs(kind, batch_first, dtype)
+        for both in masks(kind, n, QUERIES):
+            padding, mask = (x.to(dtype) if x is not None and x.dtype != torch.bool else x for x in both)
+            options = {"key_padding_mask": padding, "attn_mask": mask}
+            expected = results(theirs, (x, x, x), False, **options)
+            before = len(calls)
+            assert_close(results(ours, (x, x, x), False, **options), expected)
+            assert len(calls) == before + 1
+            results(ours, (x, x, x), True, **options)
+            assert len(calls) == before + 1
+    ours.train().dropout = 0.5
+    results(ours, (x, x, x), False)
+    assert len(calls) == before + 1
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_no_keys_but_one_of_zeros(batch_first):
     theirs, ours = pair(batch_first=batch_first, add_zero_attn=True)

@@ -62,7 +62,8 @@ def run(*command, env=None, cwd=None):
     )
 
 
-def copy_repository(to):
+def copy_repository(to, families=None):
+    """With the sources of these families alone, if given: which tools build is the same for fewer."""
     to.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
@@ -70,6 +71,9 @@ def copy_repository(to):
     for name in ("csrc", "nnfast"):
         ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    for source in (to / "csrc").glob("*/*.c*"):
+        if families and source.parent.name not in families:
+            source.unlink()
     return to
 
 
@@ -87,8 +91,8 @@ def use(library, isa="avx512"):
 
 
 class Wheel:
-    def __init__(self, folder, env, change=None):
-        source = copy_repository(folder / "source")
+    def __init__(self, folder, env, change=None, families=("activation",)):
+        source = copy_repository(folder / "source", families)
         if change:
             change(source)
         pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v"]
@@ -116,7 +120,7 @@ def needs(action):
 def compiled(tmp_path_factory):
     """A wheel with CPU and, where nvcc is, CUDA kernels."""
     needs(toolchain.find_compiler)
-    return Wheel(tmp_path_factory.mktemp("compiled"), {"TORCH_CUDA_ARCH_LIST": "9.0"})
+    return Wheel(tmp_path_factory.mktemp("compiled"), {"TORCH_CUDA_ARCH_LIST": "9.0"}, families=None)
 
 
 def test_with_nvcc(compiled):
@@ -228,7 +232,7 @@ def test_insisting_on_what_cannot_be_built_is_an_error(tmp_path, switch, env):
 
 def test_editable(tmp_path):
     needs(toolchain.find_compiler)
-    source = copy_repository(tmp_path / "source")
+    source = copy_repository(tmp_path / "source", ["activation"])
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
