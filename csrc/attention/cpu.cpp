@@ -477,8 +477,7 @@ auto of_type(const char* op, const Tensor& q, const Body& body) {
   return body(float{});
 }
 
-// in_bias: (3, H, D), added to q, k and v before all else; query_weight: (D, D), which q is multiplied by
-// then
+// in_bias: (3, H, D), added to q, k and v; query_weight: (D, D), which queries are multiplied by then
 std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                       const Optional& in_bias, const Optional& query_weight,
                                       const Optional& mask, const Optional& padding, const Optional& bias,

@@ -14,8 +14,7 @@ k + in_bias[1] and v + in_bias[2], with in_bias: (3, H, D) and query_weight: (D,
     nnfast::projected_attention(q, k, v, in_bias, query_weight, mask, key_padding, bias, is_causal, scale)
         -> out
 
-`ATTENTION`, which chooses among the backends, is differentiable in q, k,
-v and bias.
+`ATTENTION`, which chooses among the backends, is differentiable in q, k, v and bias.
 """
 
 from __future__ import annotations
@@ -513,7 +512,7 @@ def projected_attention(
     q, k, v: (N, H, L, D); in_bias: (3, H, D); query_weight: (D, D). Our CPU kernels do both as they read,
     which spares passes over memory.
     """
-    projections = in_bias, query_weight
+    projections = [x if x is None else x.contiguous() for x in (in_bias, query_weight)]
     differentiates = sdpa.requires_grad(q, k, v, *projections, bias)
     out: Tensor
     if (

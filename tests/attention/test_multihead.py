@@ -123,9 +123,12 @@ def test_biases_are_added_by_our_kernels(kind, batch_first, monkeypatch):
             assert len(calls) == before + 1
             results(ours, (x, x, x), True, **options)
             assert len(calls) == before + 1
+    ours.in_proj_bias = nn.Parameter(torch.stack((ours.in_proj_bias.detach(),) * 2, 1)[:, 0])  # with gaps
+    assert_close(results(ours, (x, x, x), False, **options), expected)
+    assert len(calls) == before + 2
     ours.train().dropout = 0.5
     results(ours, (x, x, x), False)
-    assert len(calls) == before + 1
+    assert len(calls) == before + 2
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
