@@ -143,7 +143,7 @@ def _attend(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, mask:
     k, v = _project(k, weights.key), _project(v, weights.value)
     attend = mask if mask is None or mask.dtype == torch.bool else mask != 0
     out: Tensor
-    if weights.query is not None and not weights.query.requires_grad and op.is_for_cpu(q, q.shape[1]):
+    if weights.query is not None and not weights.query.requires_grad and op.is_for_cpu(query, query.shape[1]):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = op.projected_attention(q, k, v, query_weight=weights.query, mask=attend, scale=_scale(m))
     else:
