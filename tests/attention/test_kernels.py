@@ -39,16 +39,23 @@ def in_triton(monkeypatch, device):
         yield configure
 
 
+@pytest.fixture
+def in_compiled(device):
+    """Calls run in the compiled CPU kernels."""
+    if device != "cpu" or (missing := extension.why_not("attention.cpu", "CPU")):
+        pytest.skip(missing if device == "cpu" else "on the CPU alone")
+    with nnfast.backend("cpu"):
+        yield
+
+
 @pytest.fixture(params=["triton", "cpu"])
-def in_kernels(request, device):
+def in_kernels(request):
     """Calls run in Triton, as above, or in the compiled CPU kernels."""
     if request.param == "triton":
         yield request.getfixturevalue("in_triton")
         return
-    if device != "cpu" or (missing := extension.why_not("attention.cpu", "CPU")):
-        pytest.skip(missing if device == "cpu" else "on the CPU alone")
-    with nnfast.backend("cpu"):
-        yield lambda *_: None
+    request.getfixturevalue("in_compiled")
+    yield lambda *_: None
 
 
 def taken(options: dict) -> dict:
@@ -227,15 +234,6 @@ def test_views(device, in_kernels):
             expected = [ours(*plain, **options), *gradients(ours, *plain, options, g)]
             for a, b in zip(found, expected, strict=True):
                 assert torch.equal(a, b), what
-
-
-@pytest.fixture
-def in_compiled(device):
-    """Calls run in the compiled CPU kernels."""
-    if device != "cpu" or (missing := extension.why_not("attention.cpu", "CPU")):
-        pytest.skip(missing if device == "cpu" else "on the CPU alone")
-    with nnfast.backend("cpu"):
-        yield
 
 
 @pytest.mark.parametrize("name", ["plain", "padding causal", "blind causal", "padding mask", "bias of keys"])
