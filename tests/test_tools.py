@@ -35,6 +35,17 @@ class Function(nn.Module):
         return self.function(*args)
 
 
+class OfItself(nn.Module):
+    """Attention of a tensor over itself, without weights."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 def swapped(model: nn.Module) -> nn.Module:
     """A model and what nnfast makes of it."""
     nnfast.swap(model)
@@ -66,6 +77,12 @@ CASES = {
     "block": (lambda: nnfast.ResidualBlock(64, 64), [IMAGE]),
     "rotary": (lambda: Function(lambda x: nnfast.RotaryEmbedding(64)(x, x)[0]), [(2, 4, 512, 64)]),
     "self-attention": (lambda: nnfast.SelfAttention(512, 8), [(2, 300, 512)] * 3),
+    "multihead attention": (
+        lambda: OfItself(nnfast.MultiheadAttention(512, 8, batch_first=True)),
+        [(2, 300, 512)],
+    ),
+    "positions": (lambda: nnfast.SinusoidalPositionalEncoding(512), [(2, 300, 512)]),
+    "conv, norm, act": (lambda: nnfast.ConvBNAct(64, 64, 3), [IMAGE]),
     "swapped": (lambda: swapped(nn.Sequential(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.SiLU())), [IMAGE]),
     "efficientnet": (efficientnet, [(2, 3, 64, 64)]),
 }
@@ -92,11 +109,20 @@ def test_graphs_are_torchs(name):
         assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.detach().abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+# In a graph of torch's own encoder layer, too, there is another path with than without gradients.
+ON_META = CASES | {
+    "encoder layer": (
+        lambda: swapped(nn.TransformerEncoderLayer(512, 8, dropout=0.0, batch_first=True)),
+        [(2, 300, 512)],
+    )
+}
+
+
+@pytest.mark.parametrize("name", ON_META)
 @pytest.mark.parametrize("training", [False, True])
 def test_meta_device(name, training):
     """Shapes without values, as for models that are made before their weights are loaded."""
-    make, shapes = CASES[name]
+    make, shapes = ON_META[name]
     module = make().train(training).to("meta")
     x = torch.randn(shapes[0], device="meta")
     others = [

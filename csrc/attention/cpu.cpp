@@ -241,7 +241,7 @@ template <class T>
 struct Backward {
   Attention<T> p;
   Upstream<T> up;
-  int64_t parts;
+  int64_t parts, together;
   T *dq, *dk, *dv;
   Operand<T> of_dq, of_dk, of_dv;  // their strides
   T* partial;  // (N * Hk, parts, Lk, width of dk + width of dv), if there are several parts
@@ -251,11 +251,23 @@ struct Backward {
     constexpr int panel = GemmShape<T, bytes>::panel;
     const int64_t k_width = whole_panels<T, bytes>(p.head), v_width = whole_panels<T, bytes>(p.values);
     const Scratch<T> k(p.keys * p.head), v(p.keys * p.values), k_rows(p.keys * k_width);
-    const Scratch<T> sums(parts > 1 ? 0 : p.keys * (k_width + v_width)), of_q(query_block * k_width);
-    const Scratch<T> q(query_block * p.head), grad(query_block * p.values), q_rows(query_block * k_width),
-        grad_rows(query_block * v_width), ends(2 * query_block), s(2 * key_block * query_block);
-    const Block<T, bytes> block{
-        q, grad, q_rows, grad_rows, ends, ends + query_block, s, s + key_block * query_block};
+    const Scratch<T> sums(parts > 1 ? 0 : p.keys * (k_width + v_width)),
+        of_q(together * query_block * k_width);
+    const Scratch<T> q(together * query_block * p.head), grad(together * query_block * p.values),
+        q_rows(together * query_block * k_width), grad_rows(together * query_block * v_width),
+        ends(together * 2 * query_block), s(2 * key_block * query_block);
+    const auto block = [&](int64_t b) __attribute__((always_inline)) {
+      b *= query_block;
+      return Block<T, bytes>{q + b * p.head,
+                             grad + b * p.values,
+                             q_rows + b * k_width,
+                             grad_rows + b * v_width,
+                             ends + 2 * b,
+                             ends + 2 * b + query_block,
+                             s,
+                             s + key_block * query_block};
+    };
+    const int64_t step = parts * query_block;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / parts, n = row / p.key_heads, of_keys = row % p.key_heads;
       const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
@@ -268,22 +280,31 @@ struct Backward {
       const int64_t group = p.heads / p.key_heads;
       for (int64_t h = of_keys * group; h < (of_keys + 1) * group; ++h) {
         const Scores<T, bytes> scores(p, n, h);
-        for (int64_t i = task % parts * query_block; i < p.queries; i += parts * query_block) {
-          const int columns = int(std::min<int64_t>(p.queries - i, query_block));
-          block.start(p, up, n, h, i, columns);
-          std::fill_n(static_cast<T*>(of_q), columns * k_width, T{});
-          const Range seen = scores.seen(i, i + columns);
-          for (int64_t j = seen.begin; j < seen.end; j += key_block) {
-            const int rows = int(std::min<int64_t>(seen.end - j, key_block));
-            block.compute(scores, i, columns, j, rows, k + j * p.head, v + j * p.values);
-            within<bytes>(Gemm<T>{rows, p.values, columns, block.s, query_block, 1, grad_rows,
-                                  dv_sum + j * v_width, v_width, true});
-            within<bytes>(Gemm<T>{rows, p.head, columns, block.ds, query_block, 1, q_rows,
-                                  dk_sum + j * k_width, k_width, true});
-            within<bytes>(Gemm<T>{columns, p.head, rows, block.ds, 1, query_block, k_rows + j * panel, of_q,
-                                  k_width, true, p.keys * panel});
-          }
-          put(of_q, k_width, columns, p.head, p.scale, dq + n * of_dq.n + h * of_dq.h + i * of_dq.l, of_dq);
+        for (int64_t first = task % parts * query_block; first < p.queries; first += together * step) {
+          const int64_t last = std::min(first + together * step, p.queries);
+          std::fill_n(static_cast<T*>(of_q), together * query_block * k_width, T{});
+          for (int64_t i = first, b = 0; i < last; i += step, ++b)
+            block(b).start(p, up, n, h, i, int(std::min<int64_t>(p.queries - i, query_block)));
+          const Range all = scores.seen(first, last);
+          for (int64_t j = all.begin; j < all.end; j += key_block)
+            for (int64_t i = first, b = 0; i < last; i += step, ++b) {
+              const int columns = int(std::min<int64_t>(p.queries - i, query_block));
+              const Range seen = scores.seen(i, i + columns);
+              const int64_t from = std::max(j, seen.begin);
+              const int rows = int(std::min(seen.end, j + key_block) - from);
+              if (rows <= 0) continue;
+              const Block<T, bytes> one = block(b);
+              one.compute(scores, i, columns, from, rows, k + from * p.head, v + from * p.values);
+              within<bytes>(Gemm<T>{rows, p.values, columns, one.s, query_block, 1, one.grad_rows,
+                                    dv_sum + from * v_width, v_width, true});
+              within<bytes>(Gemm<T>{rows, p.head, columns, one.ds, query_block, 1, one.q_rows,
+                                    dk_sum + from * k_width, k_width, true});
+              within<bytes>(Gemm<T>{columns, p.head, rows, one.ds, 1, query_block, k_rows + from * panel,
+                                    of_q + b * query_block * k_width, k_width, true, p.keys * panel});
+            }
+          for (int64_t i = first, b = 0; i < last; i += step, ++b)
+            put(of_q + b * query_block * k_width, k_width, std::min<int64_t>(p.queries - i, query_block),
+                p.head, p.scale, dq + n * of_dq.n + h * of_dq.h + i * of_dq.l, of_dq);
         }
       }
       if (parts == 1) {
@@ -556,13 +577,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     for (const Tensor* x : {&dq, &dk, &dv}) expect_writes(x->mutable_data_ptr(), x->numel() * sizeof(T));
     Tensor db = bias_grad ? torch::stable::new_empty(*bias, bias->sizes()) : torch::stable::new_empty(q, {0});
     const int64_t heads = p.batch * p.key_heads, threads = torch::stable::get_num_threads();
-    const int64_t parts = std::max<int64_t>(
-        1, std::min((p.queries + query_block - 1) / query_block, heads ? threads / heads : 1));
+    const int64_t blocks = (p.queries + query_block - 1) / query_block;
+    const int64_t parts = std::max<int64_t>(1, std::min(blocks, heads ? threads / heads : 1));
+    const int64_t held = query_block * (3 * p.head + 2 * p.values) * sizeof(T);
+    const int64_t together = std::clamp<int64_t>(2 * most_held / std::max<int64_t>(held, 1), 1,
+                                                 std::clamp<int64_t>(blocks / parts, 1, most_blocks));
     Tensor partial =
         torch::stable::new_empty(q, {parts > 1 ? heads * parts * p.keys * 2 * (p.head + p.values + 64) : 0});
     const Backward<T> loop{p,
                            up,
                            parts,
+                           together,
                            static_cast<T*>(dq.mutable_data_ptr()),
                            static_cast<T*>(dk.mutable_data_ptr()),
                            static_cast<T*>(dv.mutable_data_ptr()),

@@ -151,7 +151,7 @@ PROJECTED = define(
 )
 
 
-def _project(
+def _projected(
     q: Tensor, k: Tensor, v: Tensor, in_bias: Tensor | None, query_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if in_bias is not None:
@@ -172,7 +172,7 @@ def _projected_fallback(
     scale: float,
 ) -> Tensor:
     terms = Terms(mask, key_padding, bias, is_causal=is_causal, scale=scale)
-    return chunked.forward(*_project(q, k, v, in_bias, query_weight), *terms)[0]
+    return chunked.forward(*_projected(q, k, v, in_bias, query_weight), *terms)[0]
 
 
 LIBRARY.impl("projected_attention", _projected_fallback, "CompositeExplicitAutograd")
@@ -540,7 +540,7 @@ def projected_attention(
         mask, padding, bias, *_rest = _expanded(terms, q, k)
         out = PROJECTED(q, k, v, *projections, mask, padding, bias, terms.is_causal, terms.scale)
     else:
-        out, _ = backend.run(*_project(q, k, v, *projections), terms, False)
+        out, _ = backend.run(*_projected(q, k, v, *projections), terms, False)
     return out
 
 

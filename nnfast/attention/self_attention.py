@@ -140,15 +140,15 @@ class _Weights(NamedTuple):
 def _attend(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
     weights = _weights(m, values, keys, query)
     q, k, v = (_heads(m, x) for x in (query, keys, values))
-    k, v = _project(k, weights.key), _project(v, weights.value)
+    w = weights.query
+    inside = w is not None and not w.requires_grad and op.is_for_cpu(query, query.shape[1])
+    parts = (q if inside else _project(q, w)), _project(k, weights.key), _project(v, weights.value)
+    q, k, v = (x.transpose(1, 2) for x in parts)
     attend = mask if mask is None or mask.dtype == torch.bool else mask != 0
     out: Tensor
-    if weights.query is not None and not weights.query.requires_grad and op.is_for_cpu(query, query.shape[1]):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = op.projected_attention(q, k, v, query_weight=weights.query, mask=attend, scale=_scale(m))
+    if inside:
+        out = op.projected_attention(q, k, v, query_weight=w, mask=attend, scale=_scale(m))
     else:
-        q = _project(q, weights.query)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = attention(q, k, v, mask=attend, scale=_scale(m))
     if attend is not None and v.shape[2]:
         blind = ~attend.any(-1, keepdim=True)

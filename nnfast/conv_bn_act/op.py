@@ -646,10 +646,11 @@ def _not_worth(
     if innermost and dense(x) is not x:
         return ["x is neither contiguous nor channels last, and would be copied"]
     reasons = []
+    stretch, what = (_count(x), "channel") if innermost else (x.shape[2:].numel(), "plane")
     numel = least.wide if x.dtype in (torch.float32, torch.float64) else least.half
+    numel = max(numel, least.short) if stretch < tuning.SHORT else numel
     if x.numel() < numel:
         reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {_MODES[mode]}")
-    stretch, what = (_count(x), "channel") if innermost else (x.shape[2:].numel(), "plane")
     if stretch < least.stretch:
         reasons.append(f"{stretch} values of a {what}; measured to pay from {least.stretch} on")
     if mode == "inference" and residual is None and act == IDENTITY:

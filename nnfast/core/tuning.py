@@ -43,11 +43,16 @@ class NormThreshold:
         wide: fewest elements in float32 and float64.
         half: fewest elements in half types.
         stretch: fewest values of a channel where channels are innermost, else of a plane.
+        short: fewest elements where a stretch has less than `SHORT` values, each of which costs a start.
     """
 
     wide: int
     half: int
     stretch: int
+    short: int = 0
+
+
+SHORT = 14 * 14
 
 
 # (backend, mode, channels innermost) -> NormThreshold; the mode is "inference", "statistics" of the batch, or
@@ -56,7 +61,7 @@ NORM_THRESHOLDS: dict[tuple[str, str, bool], NormThreshold] = {
     ("cpu", "autograd", True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
     ("cpu", "autograd", False): NormThreshold(wide=3 << 17, half=1 << 21, stretch=14 * 14),
     ("cpu", "statistics", True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
-    ("cpu", "statistics", False): NormThreshold(wide=3 << 16, half=1 << 21, stretch=7 * 7),
+    ("cpu", "statistics", False): NormThreshold(wide=3 << 16, half=1 << 21, stretch=7 * 7, short=3 << 17),
     ("cpu", "inference", True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
     ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
 }

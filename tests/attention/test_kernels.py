@@ -259,7 +259,7 @@ def test_projections(head, wide, name, in_compiled):
             if "query_weight" not in projections:
                 assert torch.equal(out, before)
                 assert out.stride() == before.stride()
-            exact = op._project(q.double(), k.double(), v.double(), *projected(projections, torch.float64))
+            exact = op._projected(q.double(), k.double(), v.double(), *projected(projections, torch.float64))
             expected, _ = truth(*exact, **options)
             assert_as_exact(out, torchs(q2, k2, v2, **options), expected, f"{projections.keys()}, {wide}")
             given = op.arguments(q, k, v, **options)[3]
