@@ -236,7 +236,7 @@ struct Block {
 };
 
 // Gradients of queries, keys and values. begin, end: parts of a key head, each with some blocks of its
-// queries
+// queries, of which some `together` share what is read of a block of keys
 template <class T>
 struct Backward {
   Attention<T> p;
