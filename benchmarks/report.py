@@ -59,6 +59,18 @@ def short_table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def below(results: Sequence[Result]) -> str:
+    """For the README: where something is faster than ours, or a promise is missed."""
+    lines = ["| | served by | faster, its time over ours | promise missed |", "|---|---|---|---|"]
+    for r in results:
+        ratios = {name: round(r.ratio(name), 2) for name in CONTENDERS if name in r.seconds}
+        faster = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items() if ratio < 1)
+        if faster or r.missed():
+            stale = " (stale)" if r.stale else ""
+            lines.append(f"| {r.case}{stale} | {r.backend} | {faster} | {'; '.join(r.missed())} |")
+    return "\n".join(lines)
+
+
 def pictures(results: Sequence[Result], path: Path) -> dict[Path, tuple[Callable[..., Any], list[Result]]]:
     """File -> what draws it, and of which results: activations by size, everything else case by case."""
     sized = [r for r in results if r.family == "activation"]
@@ -149,6 +161,7 @@ def render() -> dict[Path, str]:
     for path in sorted(FOLDER.glob("*.jsonl")):
         results = load(path)
         readme = write_markers(readme, path.stem, f"\n{heading(results)}\n\n{short_table(results)}\n")
+        readme = write_markers(readme, f"{path.stem} below 1x", f"\n{below(results)}\n")
         parts += [
             "",
             f"## {path.stem}",

@@ -626,6 +626,21 @@ _SMALLEST = {
 }
 
 
+def _is_small(x: Tensor, mode: str) -> bool:
+    """Whether x is torch's by its size, at the cost of a microsecond."""
+    innermost = channels_innermost(x)
+    least = _SMALLEST[mode, innermost][x.element_size() < 4]
+    if not innermost and x.shape[2:].numel() < tuning.SHORT:
+        least = max(least, _SHORT[mode])
+    return x.numel() < least
+
+
+_SHORT = {
+    mode: min(t.short for (_, of, last), t in tuning.NORM_THRESHOLDS.items() if of == mode and not last)
+    for mode in _MODES
+}
+
+
 def _not_worth(
     backend: str,
     x: Tensor,
@@ -681,9 +696,18 @@ class BatchNormAct(Op):
             Backend(key, partial(run, kernels), partial(_why_not, key), partial(_not_worth, key))
             for key, kernels in (("cuda", compiled), ("triton", triton), ("cpu", compiled))
         ]
+        self.on_cpu = ours[-1]
         aten = Backend("aten", _run_aten, _aten_why_not)
         self.aten = _run_aten
         super().__init__(NAME, [*ours, aten, Backend("reference", _run_reference)])
+
+    def choose(self, *args: Any, **kwargs: Any) -> Backend:
+        """As ever; on the CPU kernels of elsewhere are not asked, which took as long as a small norm."""
+        if args[0].is_cpu and forced() is None:
+            ours = self.on_cpu
+            if not ours.why_not(*args, **kwargs) and not ours.not_worth(*args, **kwargs):
+                return ours
+        return super().choose(*args, **kwargs)
 
     def example(self, device: str) -> tuple[Any, ...]:
         """A training step's batch of 64 channels, and relu."""
@@ -849,9 +873,10 @@ def batch_norm_act(
     if norm.batch and recomputing():
         norm = _with_copies(norm)
         residual_norm = None if residual_norm is None else _with_copies(residual_norm)
-    least = _SMALLEST[_mode(x, norm, residual, residual_norm), not x.is_contiguous()]
     small = (
-        x.numel() < least[x.element_size() < 4] and not is_compiling() and forced_outside_compile() is None
+        _is_small(x, _mode(x, norm, residual, residual_norm))
+        and not is_compiling()
+        and forced_outside_compile() is None
     )
     if small and not _aten_why_not(x, norm, residual, residual_norm):  # at once what `choose` would find
         return _run_aten(x, norm, residual, residual_norm, act, slope)

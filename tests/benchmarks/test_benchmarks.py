@@ -72,6 +72,15 @@ def test_figures_of_changed_kernels_are_stale(result):
     assert "(stale)" in report.short_table([old])
 
 
+def test_what_is_below_1x_is_shown(result):
+    seconds = {"nnfast": 1.0, "torch": 0.9, "compile": 3.0}
+    missed = replace(result, case="missed", seconds=seconds, targets={"compile": 4.0})
+    kept = replace(missed, case="kept", seconds={"nnfast": 1.0, "torch": 0.998}, targets={})
+    shown = report.below([kept, missed])
+    assert "| missed | cpu | torch 0.90x | 3.00x compile, promised 4x |" in shown
+    assert "kept" not in shown
+
+
 def test_the_digest_follows_every_kernel_source(tmp_path, monkeypatch):
     before = runner.digest("activation")
     for folder, name in (("csrc/activation", "math.h"), ("csrc/common", "x.h"), ("csrc/focal_loss", "y.h")):

@@ -20,6 +20,7 @@ from nnfast.activation.reference import ACTIVATIONS
 from nnfast.conv_bn_act import op
 from nnfast.conv_bn_act.module import normalise
 from nnfast.core import extension, tuning
+from nnfast.core.op import Op
 from tests.conftest import runs
 from tests.ops import TABLE
 
@@ -779,3 +780,26 @@ def test_torchs_batch_norm_is_followed_by_our_activation(act):
         op.BATCH_NORM_ACT.aten(x, norm, None, None, ACTIVATIONS[act], 0.0)
     called = {event.name for event in profile.events()}
     assert (f"nnfast::{act}" if nnfast.explain(act, x).backend == "cpu" else f"aten::{act}") in called
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["eval", "batch"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [1, 7, 14, 28])
+def test_what_is_decided_at_once_is_what_the_reasons_say(size, layout, half, grad, batch):
+    channels = 64
+    found = set()
+    for n in (1, 40, 70, 130, 300, 1000, 9000, 40000):
+        if n * channels * size**2 > 1 << 23:
+            continue
+        x = torch.empty(n, channels, size, size, dtype=torch.bfloat16 if half else torch.float32)
+        x = LAYOUTS[layout](x).requires_grad_(grad)
+        norm = op.Norm(None, None, torch.zeros(channels), torch.ones(channels), batch, 0.1, 1e-5)
+        call = x, norm, None, None, 1, 0.0
+        by_reasons = Op.choose(op.BATCH_NORM_ACT, *call)
+        assert op.BATCH_NORM_ACT.choose(*call) is by_reasons
+        small = op._is_small(x, op._mode(x, norm, None, None))
+        assert not small or by_reasons.name == "aten"
+        found.add(small)
+    assert found == {False, True}
