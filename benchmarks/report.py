@@ -29,11 +29,17 @@ def heading(results: Sequence[Result]) -> str:
     parts = [facts["device"], f"torch {facts['torch']}", f"triton {facts['triton'] or 'none'}"]
     parts += [f"driver {facts['driver']}"] * bool(facts["driver"])
     parts += [f"{facts['threads']} threads"] * bool(facts["threads"])
-    copy, product = (first.limits[key] for key in ("copy_bytes_per_s", "matmul_flop_per_s"))
+    copy, product = ([r.limits[key] for r in results] for key in ("copy_bytes_per_s", "matmul_flop_per_s"))
+    commits = ", ".join(dict.fromkeys(f"{r.commit} ({r.date})" for r in results))
     return (
-        f"{', '.join(parts)}. Copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.3g} TFLOP/s, "
-        f"measured in the same run. Commit {first.commit}, {first.date}."
+        f"{', '.join(parts)}. Copy {_span(copy, 1e9)} GB/s, matrix product {_span(product, 1e12)} TFLOP/s, "
+        f"measured in each run. Commits: {commits}."
     )
+
+
+def _span(values: Sequence[float], unit: float) -> str:
+    ends = dict.fromkeys(f"{end / unit:.3g}" for end in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def selected(results: Sequence[Result]) -> list[Result]:
