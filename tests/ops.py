@@ -553,6 +553,12 @@ def _projected_attention_operands(x: Tensor) -> tuple[Any, ...]:
     return q, k, v, in_bias, weight[0], *terms[:3], True, 0.25
 
 
+def _rotary_attention_operands(x: Tensor) -> tuple[Any, ...]:
+    q, k, v, *terms = _attention_operands(x)
+    cos, sin = torch.randn(2, 1, 1, max(q.shape[2], k.shape[2]), q.shape[3] // 2, device=x.device)
+    return q, k, v, cos, sin, False, *terms
+
+
 def _attention_backward_operands(x: Tensor) -> tuple[Any, ...]:
     q, k, v, *terms = _attention_operands(x)
     out, lse = attention_reference.attention(q, k, v, Terms(*terms))
@@ -570,6 +576,7 @@ _ATTENTION = Case(
     operators={
         "attention": _attention_operands,
         "projected_attention": _projected_attention_operands,
+        "rotary_attention": _rotary_attention_operands,
         "attention_backward": _attention_backward_operands,
     },
     samples=(

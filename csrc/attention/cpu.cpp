@@ -26,7 +26,7 @@ struct Forward {
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t width = whole_panels<T, bytes>(p.values);
-    const Scratch<T> q(queries_each * p.head), raw(p.weight ? query_block * p.head : 0),
+    const Scratch<T> q(queries_each * p.head), raw(p.weight || p.cos.data ? query_block * p.head : 0),
         k(key_block * p.head), v(key_block * width), out(queries_each * width), s(key_block * query_block),
         ends(2 * queries_each);
     for (int64_t task = begin; task < end; ++task) {
@@ -46,9 +46,15 @@ struct Forward {
     T *most = ends, *sum = ends + queries_each;
     for (int64_t i = 0; i < queries; i += query_block) {
       const int64_t columns = std::min<int64_t>(queries - i, query_block);
-      pack_columns<bytes>(p.q.at(n, h) + (first + i) * p.q.l, p.q.l, p.q.d, columns, p.head, p.scale,
-                          p.weight ? raw : q + i * p.head, p.added_to(0, h));
-      if (p.weight) multiply<bytes>(raw, columns, q + i * p.head);
+      const T* from = p.q.at(n, h) + (first + i) * p.q.l;
+      int64_t row = p.q.l, column = p.q.d;
+      if (p.cos.data) {
+        turn<bytes>(n, h, from, row, column, first + i, columns, raw);
+        from = raw, row = p.head, column = 1;
+      }
+      pack_columns<bytes>(from, row, column, columns, p.head, p.scale, p.weight ? raw : q + i * p.head,
+                          p.added_to(0, h));
+      if (p.weight) weigh_queries<bytes>(raw, columns, q + i * p.head);
     }
     std::fill_n(most, queries_each, -scores.infinity);
     std::fill_n(sum, queries_each, T{});
@@ -56,7 +62,10 @@ struct Forward {
     const Range all = scores.seen(first, first + queries);
     for (int64_t j = all.begin; j < all.end; j += key_block) {
       const int rows = int(std::min<int64_t>(all.end - j, key_block));
-      copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k, p.added_to(1, h));
+      if (p.cos.data)
+        turn<bytes>(n, of_keys, from_k + j * p.k.l, p.k.l, p.k.d, j, rows, k);
+      else
+        copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k, p.added_to(1, h));
       pack_rows<bytes>(from_v + j * p.v.l, p.v.l, p.v.d, rows, p.values, T(1), v, p.added_to(2, h));
       for (int64_t i = 0; i < queries; i += query_block) {
         const int columns = int(std::min<int64_t>(queries - i, query_block));
@@ -70,12 +79,9 @@ struct Forward {
         Ahead ahead{from_k, from_v, next, std::min({next + share, j + 2 * key_block, all.end})};
         weigh(scores, first + i, columns, j + skipped, left, s, most + i, sum + i, out + i * width, width,
               ahead);
-        // Torch has few queries' products as dot products, whose rounding grows less with their length.
-        const int together = columns < 8 ? 16 : left;
-        for (int r = 0; r < left; r += together)
-          within<bytes>(Gemm<T>{columns, p.values, std::min(together, left - r), s + r * query_block, 1,
-                                query_block, v + (skipped + r) * GemmShape<T, bytes>::panel, out + i * width,
-                                width, true, rows * GemmShape<T, bytes>::panel});
+        multiply<bytes>(Gemm<T>{columns, p.values, left, s, 1, query_block,
+                                v + skipped * GemmShape<T, bytes>::panel, out + i * width, width, true,
+                                rows * GemmShape<T, bytes>::panel});
       }
     }
     finish<bytes>(queries, most, sum);
@@ -85,9 +91,20 @@ struct Forward {
     std::copy_n(most, queries, lse + (n * p.heads + h) * p.queries + first);
   }
 
+  // x: (rows, D), turned by its places in the sequence, from `first` on. to: without gaps
+  template <int bytes>
+  NNFAST_INLINE void turn(int64_t n, int64_t h, const T* x, int64_t row, int64_t column, int64_t first,
+                          int64_t rows, T* to) const {
+    const Turn<T> turn = p.turn;  // in registers, since what is stored may overlap *this
+    const int64_t of_cos = p.cos.l, of_sin = p.sin.l, head = turn.head;
+    const T *c = p.cos.at(n, h) + first * of_cos, *s = p.sin.at(n, h) + first * of_sin;
+    for (int64_t i = 0; i < rows; ++i)
+      turn.template run<bytes>(x + i * row, column, c + i * of_cos, s + i * of_sin, to + i * head, 1);
+  }
+
   // Packed queries times the weight: a panel of them at a time, since panels lie one after another.
   template <int bytes>
-  NNFAST_INLINE void multiply(const T* q, int64_t columns, T* to) const {
+  NNFAST_INLINE void weigh_queries(const T* q, int64_t columns, T* to) const {
     constexpr int64_t panel = GemmShape<T, bytes>::panel;
     for (int64_t i = 0; i < columns; i += panel)
       within<bytes>(
@@ -184,7 +201,7 @@ struct Block {
   static constexpr int lanes = bytes / sizeof(T);
   T *q, *grad;            // transposed
   T *q_rows, *grad_rows;  // as they are, where given
-  T *lse, *delta;         // (query_block,)
+  T *lse, *delta;         // (query_block,); delta is not yet of the probabilities where blocks are whole
   T *s, *ds;              // (key_block, query_block)
 
   NNFAST_INLINE void start(const Attention<T>& p, const Upstream<T>& up, int64_t n, int64_t h, int64_t i,
@@ -199,18 +216,22 @@ struct Block {
     std::fill_n(lse, query_block, T{});
     std::fill_n(delta, query_block, T{});
     for (int c = 0; c < columns; ++c) {
-      const T* a = from + c * up.grad.l;
-      const T* b = out + c * up.out.l;
-      V sums = {};
-      int64_t d = 0;
-      if (up.grad.d == 1 && up.out.d == 1)
-        for (; d + lanes <= p.values; d += lanes) sums += load<V>(a + d) * load<V>(b + d);
-      T sum = across(sums, [](auto x, auto y) __attribute__((always_inline)) { return x + y; });
-      for (; d < p.values; ++d) sum += a[d * up.grad.d] * b[d * up.out.d];
       const T of_row = up.lse[row + c];
       lse[c] = of_row == -std::numeric_limits<T>::infinity() ? T{} : of_row;  // e^-inf is 0 then as well
+      const T sum =
+          p.whole() ? T{} : product(from + c * up.grad.l, up.grad.d, out + c * up.out.l, up.out.d, p.values);
       delta[c] = up.grad_lse ? sum - up.grad_lse[row + c] : sum;
     }
+  }
+
+  static NNFAST_INLINE T product(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t n) {
+    V sums = {};
+    int64_t i = 0;
+    if (a_step == 1 && b_step == 1)
+      for (; i + lanes <= n; i += lanes) sums += load<V>(a + i) * load<V>(b + i);
+    T sum = across(sums, [](auto x, auto y) __attribute__((always_inline)) { return x + y; });
+    for (; i < n; ++i) sum += a[i * a_step] * b[i * b_step];
+    return sum;
   }
 
   // ds: the gradient of the scores, and s: the probabilities, after dropout. k, v: (rows, D) without gaps.
@@ -218,7 +239,8 @@ struct Block {
                              const T* k, const T* v) const {
     const Attention<T>& p = scores.p;
     scores.compute(i, columns, j, rows, k, q, s);
-    within<bytes>(Gemm<T>{rows, columns, p.values, v, p.values, 1, grad, ds, query_block, false});
+    multiply<bytes>(Gemm<T>{rows, columns, p.values, v, p.values, 1, grad, ds, query_block, false});
+    if (p.whole()) return normalised(columns, rows);
     alignas(64) T factors[4 * query_block];
     for (int r = 0; r < rows; ++r) {
       if (p.drops && r % 4 == 0) scores.dropout(i, columns, j + r, factors);
@@ -232,6 +254,38 @@ struct Block {
         store(of_s + c, e);
       }
     }
+  }
+
+ private:
+  // The same where a block is whole: its probabilities add up to 1, which a rounded log-sum-exp keeps them
+  // from, and delta is theirs. As exact as a softmax that was kept.
+  NNFAST_INLINE void normalised(int columns, int rows) const {
+    constexpr int together = 8;  // keys, so that rounding grows with the number of groups of them
+    alignas(64) T sums[query_block] = {}, inner[query_block] = {};
+    for (int first = 0; first < rows; first += together)
+      for (int c = 0; c < columns; c += lanes) {
+        V some = {}, products = {};
+        for (int r = first; r < std::min(first + together, rows); ++r) {
+          T* at = s + r * query_block + c;
+          const V e = decayed(load<V>(at) - load<V>(lse + c));
+          store(at, e);
+          some += e, products += e * load<V>(ds + r * query_block + c);
+        }
+        store(sums + c, load<V>(sums + c) + some);
+        store(inner + c, load<V>(inner + c) + products);
+      }
+    for (int c = 0; c < columns; c += lanes) {
+      const V sum = load<V>(sums + c), scale = sum == 0 ? V{} : 1 / sum;
+      store(sums + c, scale);
+      store(inner + c, load<V>(delta + c) + load<V>(inner + c) * scale);
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; c += lanes) {
+        T *of_s = s + r * query_block + c, *of_ds = ds + r * query_block + c;
+        const V e = load<V>(of_s) * load<V>(sums + c);
+        store(of_s, e);
+        store(of_ds, e * (load<V>(of_ds) - load<V>(inner + c)));
+      }
   }
 };
 
@@ -284,11 +338,11 @@ struct Backward {
           const int64_t last = std::min(first + together * step, p.queries);
           std::fill_n(static_cast<T*>(of_q), together * query_block * k_width, T{});
           for (int64_t i = first, b = 0; i < last; i += step, ++b)
-            block(b).start(p, up, n, h, i, int(std::min<int64_t>(p.queries - i, query_block)));
+            block(b).start(p, up, n, h, i, p.columns(i));
           const Range all = scores.seen(first, last);
           for (int64_t j = all.begin; j < all.end; j += key_block)
             for (int64_t i = first, b = 0; i < last; i += step, ++b) {
-              const int columns = int(std::min<int64_t>(p.queries - i, query_block));
+              const int columns = p.columns(i);
               const Range seen = scores.seen(i, i + columns);
               const int64_t from = std::max(j, seen.begin);
               const int rows = int(std::min(seen.end, j + key_block) - from);
@@ -303,8 +357,8 @@ struct Backward {
                                     of_q + b * query_block * k_width, k_width, true, p.keys * panel});
             }
           for (int64_t i = first, b = 0; i < last; i += step, ++b)
-            put(of_q + b * query_block * k_width, k_width, std::min<int64_t>(p.queries - i, query_block),
-                p.head, p.scale, dq + n * of_dq.n + h * of_dq.h + i * of_dq.l, of_dq);
+            put(of_q + b * query_block * k_width, k_width, p.columns(i), p.head, p.scale,
+                dq + n * of_dq.n + h * of_dq.h + i * of_dq.l, of_dq);
         }
       }
       if (parts == 1) {
@@ -356,9 +410,7 @@ struct BiasBackward {
   int64_t sizes[4];
   T* db;  // without gaps
 
-  NNFAST_INLINE int64_t rows() const {
-    return sizes[2] == 1 ? 1 : (p.queries + query_block - 1) / query_block;
-  }
+  NNFAST_INLINE int64_t rows() const { return sizes[2] == 1 ? 1 : p.blocks(); }
   NNFAST_INLINE int64_t columns() const { return sizes[3] == 1 ? 1 : (p.keys + key_block - 1) / key_block; }
   NNFAST_INLINE int64_t blocks() const { return sizes[0] * sizes[1] * rows() * columns(); }
 
@@ -375,7 +427,7 @@ struct BiasBackward {
       std::fill_n(static_cast<T*>(total), key_block * query_block, T{});
       const Range batch = owned(plane / sizes[1], sizes[0], p.batch);
       const Range heads = owned(plane % sizes[1], sizes[1], p.heads);
-      const Range queries = owned(row, rows(), (p.queries + query_block - 1) / query_block);
+      const Range queries = owned(row, rows(), p.blocks());
       const Range keys = owned(column, columns(), (p.keys + key_block - 1) / key_block);
       for (int64_t n = batch.begin; n < batch.end; ++n)
         for (int64_t h = heads.begin; h < heads.end; ++h)
@@ -395,7 +447,7 @@ struct BiasBackward {
   NNFAST_INLINE void sum(const Scores<T, bytes>& scores, const Block<T, bytes>& block, int64_t i,
                          const Range& keys, T* k, T* v, T* total) const {
     const int64_t n = scores.n, of_keys = p.key_head(scores.h);
-    const int columns = int(std::min<int64_t>(p.queries - i, query_block));
+    const int columns = p.columns(i);
     const Range seen = scores.seen(i, i + columns);
     block.start(p, up, n, scores.h, i, columns);
     for (int64_t b = keys.begin; b < keys.end; ++b) {
@@ -498,13 +550,19 @@ auto of_type(const char* op, const Tensor& q, const Body& body) {
   return body(float{});
 }
 
-// in_bias: (3, H, D), added to q, k and v; query_weight: (D, D), which queries are multiplied by then
+// What is done to q, k and v as they are read. in_bias: (3, H, D), added to them; query_weight: (D, D), which
+// queries are multiplied by then; or cos, sin: (N, H, L, R), by which queries and keys turn
+struct Reading {
+  Optional in_bias, query_weight, cos, sin;
+  bool interleaved = false;
+};
+
 std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                      const Optional& in_bias, const Optional& query_weight,
-                                      const Optional& mask, const Optional& padding, const Optional& bias,
-                                      const Optional& slopes, const Optional& seed, bool is_causal,
-                                      double scale, double softcap, int64_t left, int64_t right,
-                                      double dropout_p) {
+                                      const Reading& reading, const Optional& mask, const Optional& padding,
+                                      const Optional& bias, const Optional& slopes, const Optional& seed,
+                                      bool is_causal, double scale, double softcap, int64_t left,
+                                      int64_t right, double dropout_p) {
+  const auto& [in_bias, query_weight, of_cos, of_sin, interleaved] = reading;
   return of_type(op, q, [&](auto element) {
     using T = decltype(element);
     auto p = arguments<T>(op, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale, softcap, left,
@@ -519,6 +577,16 @@ std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Ten
       fail(op, ": q, k and v need to have the same heads and head dim");
     p.added = in_bias ? data<T>(*in_bias) : nullptr;
     p.weight = query_weight ? data<T>(*query_weight) : nullptr;
+    Optional cos, sin;
+    if (of_cos) {
+      const int64_t places = std::max(p.queries, p.keys);
+      cos = angles(op, "cos", q, *of_cos, places), sin = angles(op, "sin", q, *of_sin, places);
+      check(cos->size(3) == sin->size(3), op, ": cos has ", cos->size(3), " angles, sin ", sin->size(3));
+      for (const auto& [name, x] : {std::pair("cos", &cos), std::pair("sin", &sin)})
+        check((*x)->size(1) == 1 || p.key_heads == p.heads, op, ": ", name, " has ", (*x)->size(1),
+              " heads, q ", p.heads, ", k ", p.key_heads);
+      p.cos = broadcast<T>(cos), p.sin = broadcast<T>(sin), p.turn = {p.head, cos->size(3), interleaved};
+    }
     const int64_t row = p.heads * p.values;  // of one place, whichever of batch and length comes first
     const bool length_first = q.stride(0) < q.stride(2);
     Tensor out =
@@ -526,7 +594,7 @@ std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Ten
                     {length_first ? row : p.queries * row, p.values, length_first ? p.batch * row : row, 1});
     Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries});
     expect_writes(out.mutable_data_ptr(), out.numel() * sizeof(T));
-    const int64_t heads = p.batch * p.heads, blocks = (p.queries + query_block - 1) / query_block;
+    const int64_t heads = p.batch * p.heads, blocks = p.blocks();
     if (heads * blocks == 0) return std::make_tuple(out, lse);
     const int64_t held = query_block * (p.head + p.values) * sizeof(T);
     int64_t each = std::clamp<int64_t>(most_held / std::max<int64_t>(held, 1), 1, most_blocks);
@@ -543,15 +611,24 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const Optional& padding, const Optional& bias, const Optional& slopes,
                                    const Optional& seed, bool is_causal, double scale, double softcap,
                                    int64_t left, int64_t right, double dropout_p) {
-  return forward_of(forward_name, q, k, v, {}, {}, mask, padding, bias, slopes, seed, is_causal, scale,
-                    softcap, left, right, dropout_p);
+  return forward_of(forward_name, q, k, v, {}, mask, padding, bias, slopes, seed, is_causal, scale, softcap,
+                    left, right, dropout_p);
 }
 
 Tensor projected(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& in_bias,
                  const Optional& query_weight, const Optional& mask, const Optional& padding,
                  const Optional& bias, bool is_causal, double scale) {
-  return std::get<0>(forward_of("projected_attention", q, k, v, in_bias, query_weight, mask, padding, bias,
-                                {}, {}, is_causal, scale, 0, -1, -1, 0));
+  return std::get<0>(forward_of("projected_attention", q, k, v, {in_bias, query_weight, {}, {}}, mask,
+                                padding, bias, {}, {}, is_causal, scale, 0, -1, -1, 0));
+}
+
+std::tuple<Tensor, Tensor> turned(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                                  const Tensor& sin, bool interleaved, const Optional& mask,
+                                  const Optional& padding, const Optional& bias, const Optional& slopes,
+                                  const Optional& seed, bool is_causal, double scale, double softcap,
+                                  int64_t left, int64_t right, double dropout_p) {
+  return forward_of("rotary_attention", q, k, v, {{}, {}, cos, sin, interleaved}, mask, padding, bias, slopes,
+                    seed, is_causal, scale, softcap, left, right, dropout_p);
 }
 
 Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -577,11 +654,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     for (const Tensor* x : {&dq, &dk, &dv}) expect_writes(x->mutable_data_ptr(), x->numel() * sizeof(T));
     Tensor db = bias_grad ? torch::stable::new_empty(*bias, bias->sizes()) : torch::stable::new_empty(q, {0});
     const int64_t heads = p.batch * p.key_heads, threads = torch::stable::get_num_threads();
-    const int64_t blocks = (p.queries + query_block - 1) / query_block;
-    const int64_t parts = std::max<int64_t>(1, std::min(blocks, heads ? threads / heads : 1));
+    const int64_t parts = std::max<int64_t>(1, std::min(p.blocks(), heads ? threads / heads : 1));
     const int64_t held = query_block * (3 * p.head + 2 * p.values) * sizeof(T);
     const int64_t together = std::clamp<int64_t>(2 * most_held / std::max<int64_t>(held, 1), 1,
-                                                 std::clamp<int64_t>(blocks / parts, 1, most_blocks));
+                                                 std::clamp<int64_t>(p.blocks() / parts, 1, most_blocks));
     Tensor partial =
         torch::stable::new_empty(q, {parts > 1 ? heads * parts * p.keys * 2 * (p.head + p.values + 64) : 0});
     const Backward<T> loop{p,
@@ -613,5 +689,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   m.impl("attention.cpu", TORCH_BOX(&nnfast::cpu::forward));
   m.impl("projected_attention", TORCH_BOX(&nnfast::cpu::projected));
+  m.impl("rotary_attention", TORCH_BOX(&nnfast::cpu::turned));
   m.impl("attention_backward.cpu", TORCH_BOX(&nnfast::cpu::backward));
 }

@@ -7,6 +7,7 @@
 #include <limits>
 #include <new>
 
+#include "attention/turn.h"
 #include "common/gemm.h"
 #include "common/lanes.h"
 
@@ -32,6 +33,8 @@ struct Attention {
   Operand<T> slopes;         // strides n and h
   const T* added;            // (3, H, D): to queries, keys and values, if there are as many of each
   const T* weight;           // (D, D): what queries are multiplied by then
+  Operand<T> cos, sin;       // (N, H, L, R), by which queries and keys turn then
+  Turn<T> turn;
   int64_t batch, heads, key_heads, queries, keys, head, values;
   int64_t left, right;  // no less than both lengths where there is no limit
   T scale;
@@ -39,6 +42,14 @@ struct Attention {
   uint64_t seed;
   uint32_t least;  // word of an element that is kept
   T kept;          // its factor
+
+  NNFAST_INLINE int64_t blocks() const { return (queries + query_block - 1) / query_block; }
+
+  // Queries of the block that begins with query i.
+  NNFAST_INLINE int columns(int64_t i) const { return int(std::min<int64_t>(queries - i, query_block)); }
+
+  // Whether a block of the scores has all keys that its queries see, and their probabilities as they are.
+  NNFAST_INLINE bool whole() const { return keys <= key_block && !drops; }
 
   NNFAST_INLINE int64_t key_head(int64_t h) const { return h / (heads / key_heads); }
 
@@ -119,6 +130,22 @@ NNFAST_INLINE void copy_rows(const T* x, int64_t row, int64_t column, int64_t ro
       for (int64_t j = 0; j < columns; ++j) to[j] = x[i * row + j * column];
     if (added)
       for (int64_t j = 0; j < columns; ++j) to[j] += added[j];
+  }
+}
+
+// A product, where it has few rows or columns in sums of 16: torch has those as dot products, whose rounding
+// grows less with their length.
+template <int bytes, class T>
+NNFAST_INLINE void multiply(Gemm<T> product) {
+  constexpr int64_t few = 8, together = 16, panel = GemmShape<T, bytes>::panel;
+  const int64_t length = product.k;
+  if (std::min(product.m, product.n) >= few) return within<bytes>(product);
+  if (!product.b_panel) product.b_panel = length * panel;
+  for (int64_t i = 0; i < length; i += together) {
+    product.k = std::min(together, length - i);
+    within<bytes>(product);
+    product.a += together * product.a_column, product.b += together * panel;
+    product.add = true;
   }
 }
 
@@ -212,7 +239,7 @@ struct Scores {
   // k: (rows, head) without gaps; q: scaled and transposed, as `pack_columns` does it.
   NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q,
                              T* s) const {
-    within<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, query_block, false});
+    multiply<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, query_block, false});
     if (p.slopes.data) add_slopes(i, columns, j, rows, s);
     if (of_pairs(p.bias)) add_bias(i, columns, j, rows, s);
     if (of_pairs(p.mask)) add_mask(i, columns, j, rows, s);

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import op
+from .positional import RotaryEmbedding
 
 
 def attention(
@@ -25,6 +26,8 @@ def attention(
     softcap: float | None = None,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
+    rotary: RotaryEmbedding | None = None,
+    positions: Tensor | None = None,
 ) -> Any:
     """Scaled dot-product attention: softmax(scale * q k^T + ...) v, with memory linear in the lengths.
 
@@ -50,6 +53,9 @@ def attention(
         seed: of the dropout, int64: the same drops the same, on every backend. Taken from torch's generator
             of q's device if None.
         return_lse: also return the log-sum-exp of the scores.
+        rotary: turns q and k first, as `rotary(q, k, positions)` does. Our CPU kernels turn them as they
+            read, unless autograd records or q is in a half type.
+        positions: for `rotary`, broadcastable to both (N, H, Lq) and (N, Hk, Lk); counted from 0 if None.
 
     Returns:
         out: (N, H, Lq, Dv) in q's dtype. With return_lse (out, lse), lse: (N, H, Lq) in float32, or float64
@@ -57,15 +63,12 @@ def attention(
 
     Raises:
         TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape, device, dropout_p, window or softcap.
+        ValueError: for a wrong shape, device, dropout_p, window or softcap, or positions without rotary.
         BackendError: if a forced backend cannot serve.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691.
     """
-    return op.attention(
-        q,
-        k,
-        v,
+    options = (
         mask,
         key_padding_mask,
         bias,
@@ -78,6 +81,32 @@ def attention(
         seed,
         return_lse,
     )
+    if rotary is None and positions is None:
+        return op.attention(q, k, v, *options)
+    turn = _turn(q, k, v, rotary, positions)
+    return op.rotary_attention(q, k, v, *turn.angles(q, k, positions), turn.interleaved, *options)
 
 
+def _turn(q: Tensor, k: Tensor, v: Tensor, rotary: object, positions: Tensor | None) -> RotaryEmbedding:
+    """The rotary embedding, checked."""
+    op.check_heads(q, k, v)
+    if rotary is None:
+        raise ValueError("nnfast.attention: positions are given; they need rotary")
+    if not isinstance(rotary, RotaryEmbedding):
+        raise TypeError(
+            f"nnfast.attention: rotary is a {type(rotary).__name__}; it needs an nnfast.RotaryEmbedding"
+        )
+    return rotary
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, *, rotary: object = None, positions: Tensor | None = None, **options: Any
+) -> tuple[Any, ...]:
+    """The operation's arguments from the function's, for `nnfast.explain`: turning changes none of it."""
+    if rotary is not None or positions is not None:
+        _turn(q, k, v, rotary, positions).angles(q, k, positions)
+    return op.arguments(q, k, v, **options)
+
+
+op.ATTENTION.arguments = _arguments
 attention.nnfast_op = "attention"  # type: ignore[attr-defined]  # what `nnfast.explain` looks up

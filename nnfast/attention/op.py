@@ -14,11 +14,18 @@ k + in_bias[1] and v + in_bias[2], with in_bias: (3, H, D) and query_weight: (D,
     nnfast::projected_attention(q, k, v, in_bias, query_weight, mask, key_padding, bias, is_causal, scale)
         -> out
 
+and one of queries and keys that turn as in rotary.py, with cos, sin: (N, H, L, R) or 1 in place of N, H and
+L, else of the longer length:
+
+    nnfast::rotary_attention(q, k, v, cos, sin, interleaved, mask, key_padding, bias, alibi_slopes, seed,
+        *options) -> (out, lse)
+
 `ATTENTION`, which chooses among the backends, is differentiable in q, k, v and bias.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +51,7 @@ from ..core.operator import (
 )
 from . import chunked, reference, sdpa
 from .reference import Terms
+from .rotary import ROTARY
 
 LARGEST_HEAD = 256
 
@@ -177,6 +185,25 @@ def _projected_fallback(
 
 LIBRARY.impl("projected_attention", _projected_fallback, "CompositeExplicitAutograd")
 
+TURNED = define(
+    LIBRARY,
+    f"rotary_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool interleaved, {_TERMS}, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    _fake,
+)
+
+
+def _turned_fallback(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *terms: Any
+) -> tuple[Tensor, Tensor]:
+    q, k = (
+        reference.rotary(x, cos[..., : x.shape[2], :], sin[..., : x.shape[2], :], interleaved) for x in (q, k)
+    )
+    return chunked.forward(q, k, v, *terms)
+
+
+LIBRARY.impl("rotary_attention", _turned_fallback, "CompositeExplicitAutograd")
+
 
 def _run_aten(
     q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool
@@ -265,7 +292,6 @@ class Attention(Op):
                 Backend("reference", _run_reference),
             ],
         )
-        self.arguments = arguments
         self.least = tuning.smallest("attention")
         """Fewest elements for which any but torch's own serves on a GPU."""
 
@@ -305,7 +331,7 @@ def arguments(
     """The operation's arguments from the function's, checked, and as autocast has them."""
     if isinstance(q, Tensor) and autocasts(q):
         q, k, v = _cast(q, k, v)
-    _check_heads(q, k, v)
+    check_heads(q, k, v)
     shape = (*q.shape[:3], k.shape[2])
     mask = _four("mask", mask, shape, q)
     bias = _four("bias", bias, shape, q)
@@ -364,7 +390,7 @@ def _check_tensor(name: str, x: object, q: Tensor) -> None:
         raise ValueError(f"{_NAME}: {name} is on {x.device}; q is on {q.device}")
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Types, shapes, dtypes and devices of queries, keys and values."""
     if (
         type(q) is type(k) is type(v) is Tensor
@@ -436,62 +462,98 @@ def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, in
 ATTENTION = Attention()
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    window: int | tuple[int | None, int | None] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float | None,
-    seed: int | Tensor | None,
-    return_lse: bool,
-) -> Any:
-    """Check the arguments and let the chosen backend run.
+def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
+    """Check the arguments, the options in the order of `_OPTIONAL`, and let the chosen backend run.
 
     On the CPU calls without masks are decided at once; `ATTENTION.explain` gives the same answer with its
     reasons, as a test holds.
     """
-    if (
+    if _is_bare(*options) and _is_plain(q, k, v):
+        is_causal, scale = options[3:5]
+        if _is_plain_for_cpu(q, k, v):
+            return CPU(q, k, v, _bare_terms(q, is_causal, scale), False)[0]
+        return sdpa.plain(q, k, v, None, is_causal, scale)
+    q, k, v, terms, return_lse = _arguments(q, k, v, *options)
+    out, lse = ATTENTION(q, k, v, _seeded(terms, q), return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _seeded(terms: Terms, q: Tensor) -> Terms:
+    """With a seed from torch's generator, if dropout needs one."""
+    if terms.dropout_p and terms.seed is None:
+        terms = terms._replace(seed=torch.randint(1 << 62, (), device=q.device))
+    return terms
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    of_q: tuple[Tensor, Tensor],
+    of_k: tuple[Tensor, Tensor],
+    interleaved: bool,
+    *options: Any,
+) -> Any:
+    """`attention` of q and k turned by cosines and sines, those of the shorter the first of the longer's.
+
+    Our CPU kernels turn as they read where nothing is to be differentiated, which spares two passes over
+    memory; all others turn before.
+    """
+    terms = _terms_for_turning(q, k, v, options)
+    if terms is None:
+        return attention(ROTARY(q, *of_q, interleaved), ROTARY(k, *of_k, interleaved), v, *options)
+    longer = of_q if q.shape[2] > k.shape[2] else of_k
+    angles = (x[(None,) * (4 - x.dim())] for x in longer)
+    out, lse = TURNED(q, k, v, *angles, interleaved, *_expanded(_seeded(terms, q), q, k))
+    return (out, lse) if options[-1] else out
+
+
+def _terms_for_turning(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Terms | None:
+    """Those of a call in which our CPU kernels turn queries and keys, or None."""
+    if is_compiling() or q.dtype not in _CPU_DTYPES or sdpa.requires_grad(q, k, v):
+        return None
+    if _is_bare(*options) and _is_plain(q, k, v):
+        return _bare_terms(q, *options[3:5]) if _is_plain_for_cpu(q, k, v) else None
+    call = _arguments(q, k, v, *options)
+    terms: Terms = call[3]
+    serves = call[0].dtype == q.dtype and not sdpa.requires_grad(terms.bias)  # autocast has it in another
+    return terms if serves and ATTENTION.choose(*call).name == "cpu" else None
+
+
+def _is_bare(
+    mask: Any,
+    key_padding_mask: Any,
+    bias: Any,
+    _is_causal: bool,
+    _scale: float | None,
+    dropout_p: float,
+    window: Any,
+    alibi_slopes: Any,
+    softcap: float | None,
+    _seed: Any,
+    return_lse: bool,
+) -> bool:
+    """Whether of all that `attention` takes there is only what every kernel serves."""
+    return (
         mask is None
         and bias is None
         and key_padding_mask is None
         and window is None
         and alibi_slopes is None
         and not (dropout_p or softcap or return_lse)
-        and (type(q) is type(k) is type(v) is Tensor or is_compiling())
-        and _is_plain(q, k, v)
-    ):
-        if _is_plain_for_cpu(q, k, v):
-            scale = q.shape[3] ** -0.5 if scale is None else scale
-            terms = Terms(is_causal=bool(is_causal), scale=float(scale))
-            return CPU(q, k, v, terms, False)[0]
-        return sdpa.plain(q, k, v, None, is_causal, scale)
-    q, k, v, terms, return_lse = arguments(
-        q,
-        k,
-        v,
-        mask=mask,
-        key_padding_mask=key_padding_mask,
-        bias=bias,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        window=window,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        seed=seed,
-        return_lse=return_lse,
     )
-    if terms.dropout_p and terms.seed is None:
-        terms = terms._replace(seed=torch.randint(1 << 62, (), device=q.device))
-    out, lse = ATTENTION(q, k, v, terms, return_lse)
-    return (out, lse) if return_lse else out
+
+
+def _bare_terms(q: Tensor, is_causal: bool, scale: float | None) -> Terms:
+    return Terms(is_causal=bool(is_causal), scale=float(q.shape[3] ** -0.5 if scale is None else scale))
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Any, ...]:
+    return arguments(q, k, v, **dict(zip(_OPTIONAL, options, strict=True)))
+
+
+_OPTIONAL = tuple(inspect.signature(arguments).parameters)[3:]
+"""What `attention` and `rotary_attention` take, by name and in this order."""
 
 
 def projected_attention(
@@ -546,6 +608,8 @@ def projected_attention(
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a CPU's own kernels serve, at the cost of a microsecond: of one shape, nothing forced."""
+    if not (type(q) is type(k) is type(v) is Tensor or is_compiling()):
+        return False
     shape = q.shape
     return (
         shape == k.shape == v.shape

@@ -110,7 +110,7 @@ def rotary_embedding(
     """Turn pairs of features by angles that grow with the position: scores then depend on distances alone.
 
     On the CPU this is one pass of our own kernel, a read and a write; under torch.compile torch's operations.
-    Not fused into attention's load, which would turn a key once more for each span of queries that reads it.
+    `attention` with `rotary` does without that pass where it can.
 
     Args:
         x: (..., L, D) in a floating-point dtype: queries or keys, as (N, H, L, D).
@@ -247,6 +247,13 @@ class RotaryEmbedding(nn.Module):
             ValueError: for another head dim, or positions that do not fit.
             BackendError: if a forced backend cannot serve.
         """
+        of_q, of_k = self.angles(q, k, positions)
+        return ROTARY(q, *of_q, self.interleaved), ROTARY(k, *of_k, self.interleaved)
+
+    def angles(
+        self, q: Tensor, k: Tensor, positions: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Cosines and sines by which `forward` turns q, and those for k; it raises as that does."""
         for name, x in (("q", q), ("k", k)):
             if x.shape[-1] != self.head_dim:
                 raise ValueError(f"{_NAME}: {name} has shape {list(x.shape)}; head_dim is {self.head_dim}")
@@ -256,7 +263,7 @@ class RotaryEmbedding(nn.Module):
         of_q = self._cos_sin(q, positions)
         alike = (q.dtype, q.device, q.shape[-2]) == (k.dtype, k.device, k.shape[-2])
         of_k = of_q if alike else self._cos_sin(k, positions)
-        return ROTARY(q, *of_q, self.interleaved), ROTARY(k, *of_k, self.interleaved)
+        return of_q, of_k
 
     def _cos_sin(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         if positions is not None:

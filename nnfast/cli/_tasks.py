@@ -48,7 +48,6 @@ class Task:
         data: reads it: the samples to train on and those held out.
         network: makes the untrained network, of a user's own modules. `nnfast.swap` is applied to a copy.
         loss: of the network's outputs and the targets, a mean over the samples.
-        learning_rate: the largest; it rises to it and falls again.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Task:
     data: Callable[[], tuple[Samples, Samples]]
     network: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
-    learning_rate: float = 0.05
 
 
 class Mish(nn.Module):
@@ -250,7 +248,6 @@ TASKS = (
         fashion_mnist,
         attention_network,
         F.cross_entropy,
-        learning_rate=0.2,
     ),
 )
 """What `nnfast demo` trains, in this order."""

@@ -35,7 +35,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (1, 7, 64, 127, 128, 129, 192, 1000)
 SHAPES = (
     SMALL,
-    *(Shape(1, 2, 2, n, n, 16, 16) for n in LENGTHS),
+    *(Shape(1, 2, 2, n, n, 16, 16) for n in LENGTHS if n != 64),
+    Shape(2, 4, 4, 64, 64, 16, 16),  # enough numbers that the largest error is not luck
     Shape(2, 6, 2, 1, 129, 32, 32),
     Shape(2, 6, 1, 64, 7, 80, 80),
     Shape(1, 3, 3, 127, 192, 5, 24),
@@ -679,7 +680,7 @@ def test_what_is_decided_at_once_is_what_the_reasons_say(turn, around):
             if around != "forced" and arguments[0].is_cpu and length < tuning.ATTENTION_QUERIES:
                 assert served == "aten", (x.shape, places)
             if type(q) is type(k) is type(v) is torch.Tensor:  # a parameter is checked one reason at a time
-                op._check_heads(*(torch.nn.Parameter(x.detach(), requires_grad=False) for x in arguments[:3]))
+                op.check_heads(*(torch.nn.Parameter(x.detach(), requires_grad=False) for x in arguments[:3]))
     if turn == "as it is":
         ours_serve = op._IN_CPU and around in ("nothing", "no_grad")
         assert ("cpu" in decided) == ours_serve

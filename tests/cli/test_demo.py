@@ -1,6 +1,7 @@
 """`nnfast demo` from its arguments to its picture."""
 
 import argparse
+import copy
 import importlib.util
 import math
 import re
@@ -96,6 +97,22 @@ def test_swapped_keeps_the_numbers(small):
     assert result.written.losses == pytest.approx(result.swapped.losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("task", _tasks.TASKS, ids=lambda task: task.name)
+def test_both_learn_the_same(task):
+    """A hundred steps on, losses are still together, and the held-out images are told apart alike."""
+    train, held_out = _tasks.fashion_mnist()
+    torch.manual_seed(0)
+    written = task.network()
+    swapped = copy.deepcopy(written)
+    assert nnfast.swap(swapped).replaced
+    data = train[torch.arange(0, 8000, 10)], held_out[torch.arange(0, 2000, 4)]
+    result = _training.train(task, data, written, swapped, epochs=2, steps=50, batch_size=16, seed=0)
+    losses, others = result.written.losses, result.swapped.losses
+    assert losses == pytest.approx(others, abs=5e-3)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert result.written.accuracy == pytest.approx(result.swapped.accuracy, abs=0.011)
+
+
 def test_a_wrong_swap_is_seen(small):
     """The comparison can fail: Mish in the place of Swish shows in the weights."""
     written, swapped = networks()
@@ -121,7 +138,7 @@ def test_steps_take_turns_and_are_timed(small):
     ("seconds", "median"), [([4.0], 4), ([4.0, 2.0], 3), ([9.0, 9.0, 9.0, 1.0, 2.0, 3.0], 2)]
 )
 def test_median_leaves_the_warm_up_out(seconds, median):
-    side = Side("", nn.Linear(1, 1), 10, 0.1)
+    side = Side("", nn.Linear(1, 1), 10)
     side.seconds = seconds
     assert side.quartiles()[1] == median
 
