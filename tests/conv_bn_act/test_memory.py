@@ -45,4 +45,7 @@ def test_training_takes_three_quarters_of_the_seeds_memory(shape, layout):
     y = torch.randn(8, out, size // stride, size // stride).contiguous(memory_format=LAYOUTS[layout])
     most, seeds = peak(ours, x, y), peak(theirs, x, y)
     assert seeds > 6 * y.nbytes  # the profiler saw them
-    assert most <= 0.75 * seeds, f"{most / y.nbytes:.2f} results, the seed's {seeds / y.nbytes:.2f}"
+    # and a bit for each activation, which the contiguous block holds at its peak on AVX2
+    assert most <= 0.75 * seeds + y.numel() / 8, (
+        f"{most / y.nbytes:.2f} results, the seed's {seeds / y.nbytes:.2f}"
+    )
