@@ -144,8 +144,7 @@ struct Forward {
                            T* most, T* sum, T* out, int64_t width, Ahead& ahead) const {
     using V = typename VectorOf<T, bytes>::type;
     constexpr int lanes = bytes / sizeof(T), group = 4;
-    constexpr int together = 8;  // keys, so that rounding grows with the number of groups of them
-    const int64_t fetched = (ahead.end - ahead.next) * together / rows + 1;  // rows, with each group
+    const int64_t fetched = (ahead.end - ahead.next) * key_group / rows + 1;  // rows, with each group
     alignas(64) T shrunk[query_block], factors[4 * query_block];
     for (int c = 0; c < columns; c += group * lanes) {
       V old[group], raised[group];
@@ -161,10 +160,10 @@ struct Forward {
         old[g] = load<V>(sum + c + g * lanes) * shrinks;
       }
       V total[group] = {};
-      for (int first = 0; first < rows; first += together) {
+      for (int first = 0; first < rows; first += key_group) {
         V some[group] = {};
         fetch(ahead, fetched);
-        for (int r = first; r < std::min(first + together, rows); ++r)
+        for (int r = first; r < std::min(first + key_group, rows); ++r)
           for (int g = 0; g < group; ++g) {
             T* at = s + r * query_block + c + g * lanes;
             const V e = decayed(load<V>(at) - raised[g]);
@@ -260,12 +259,11 @@ struct Block {
   // The same where a block is whole: its probabilities add up to 1, which a rounded log-sum-exp keeps them
   // from, and delta is theirs. As exact as a softmax that was kept.
   NNFAST_INLINE void normalised(int columns, int rows) const {
-    constexpr int together = 8;  // keys, so that rounding grows with the number of groups of them
     alignas(64) T sums[query_block] = {}, inner[query_block] = {};
-    for (int first = 0; first < rows; first += together)
+    for (int first = 0; first < rows; first += key_group)
       for (int c = 0; c < columns; c += lanes) {
         V some = {}, products = {};
-        for (int r = first; r < std::min(first + together, rows); ++r) {
+        for (int r = first; r < std::min(first + key_group, rows); ++r) {
           T* at = s + r * query_block + c;
           const V e = decayed(load<V>(at) - load<V>(lse + c));
           store(at, e);

@@ -15,6 +15,10 @@ namespace nnfast::cpu {
 
 constexpr int query_block = 64, key_block = 128;
 
+// Keys that are summed before they are added to others, so that rounding grows with the number of such
+// groups.
+constexpr int key_group = 8;
+
 // (N, H, L, D) at any strides.
 template <class T>
 struct Operand {

@@ -89,17 +89,16 @@ struct Turn {
 };
 
 // Cosines or sines of an operation on x: (N, H, L, D), checked and as `Turn` takes them.
-inline Tensor angles(const char* op, const char* name, const Tensor& x, const Tensor& angles,
-                     int64_t places) {
+inline Tensor angles(const char* op, const char* name, const Tensor& x, const Tensor& given, int64_t places) {
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check(angles.scalar_type() == dtype, op, ": ", name, " has dtype ", describe(angles.scalar_type()),
+  check(given.scalar_type() == dtype, op, ": ", name, " has dtype ", describe(given.scalar_type()),
         "; it needs ", describe(dtype));
-  bool fits = angles.dim() == 4 && 2 * angles.size(3) <= x.size(3);
-  for (int i = 0; fits && i < 3; ++i)
-    fits = angles.size(i) == 1 || angles.size(i) == (i == 2 ? places : x.size(i));
-  check(fits, op, ": ", name, " has shape ", describe(angles.sizes()), "; it needs (", x.size(0), ", ",
-        x.size(1), ", ", places, ", up to ", x.size(3) / 2, "), or 1 in place of the first three");
-  return angles.size(3) < 2 || angles.stride(3) == 1 ? angles : torch::stable::contiguous(angles);
+  const int64_t sizes[] = {x.size(0), x.size(1), places};
+  bool fits = given.dim() == 4 && 2 * given.size(3) <= x.size(3);
+  for (int i = 0; fits && i < 3; ++i) fits = given.size(i) == 1 || given.size(i) == sizes[i];
+  check(fits, op, ": ", name, " has shape ", describe(given.sizes()), "; it needs (", sizes[0], ", ",
+        sizes[1], ", ", places, ", up to ", x.size(3) / 2, "), or 1 in place of the first three");
+  return given.size(3) < 2 || given.stride(3) == 1 ? given : torch::stable::contiguous(given);
 }
 
 }  // namespace nnfast::cpu

@@ -25,7 +25,6 @@ L, else of the longer length:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -308,14 +307,14 @@ class Attention(Op):
 
     def example(self, device: str) -> tuple[Any, ...]:
         """Sixteen heads of 64 over 1024 places."""
-        return arguments(*(torch.empty(8, 16, 1024, 64, device=device) for _ in range(3)))
+        q, k, v = (torch.empty(8, 16, 1024, 64, device=device) for _ in range(3))
+        return arguments(q, k, v)
 
 
 def arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     bias: Tensor | None = None,
@@ -463,7 +462,7 @@ ATTENTION = Attention()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
-    """Check the arguments, the options in the order of `_OPTIONAL`, and let the chosen backend run.
+    """Check the arguments, options in the order of `arguments`, and let the chosen backend run.
 
     On the CPU calls without masks are decided at once; `ATTENTION.explain` gives the same answer with its
     reasons, as a test holds.
@@ -473,7 +472,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
         if _is_plain_for_cpu(q, k, v):
             return CPU(q, k, v, _bare_terms(q, is_causal, scale), False)[0]
         return sdpa.plain(q, k, v, None, is_causal, scale)
-    q, k, v, terms, return_lse = _arguments(q, k, v, *options)
+    q, k, v, terms, return_lse = arguments(q, k, v, *options)
     out, lse = ATTENTION(q, k, v, _seeded(terms, q), return_lse)
     return (out, lse) if return_lse else out
 
@@ -499,7 +498,7 @@ def rotary_attention(
     Our CPU kernels turn as they read where nothing is to be differentiated, which spares two passes over
     memory; all others turn before.
     """
-    terms = _terms_for_turning(q, k, v, options)
+    terms = _terms_for_cpu(q, k, v, *options)
     if terms is None:
         return attention(ROTARY(q, *of_q, interleaved), ROTARY(k, *of_k, interleaved), v, *options)
     longer = of_q if q.shape[2] > k.shape[2] else of_k
@@ -508,13 +507,15 @@ def rotary_attention(
     return (out, lse) if options[-1] else out
 
 
-def _terms_for_turning(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Terms | None:
-    """Those of a call in which our CPU kernels turn queries and keys, or None."""
+def _terms_for_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Terms | None:
+    """Those of a call that is our CPU kernels' as it is, in q's dtype and without gradients; else None."""
     if is_compiling() or q.dtype not in _CPU_DTYPES or sdpa.requires_grad(q, k, v):
         return None
     if _is_bare(*options) and _is_plain(q, k, v):
         return _bare_terms(q, *options[3:5]) if _is_plain_for_cpu(q, k, v) else None
-    call = _arguments(q, k, v, *options)
+    if forced_outside_compile() is None and not is_for_cpu(q, q.shape[2]):
+        return None
+    call = arguments(q, k, v, *options)
     terms: Terms = call[3]
     serves = call[0].dtype == q.dtype and not sdpa.requires_grad(terms.bias)  # autocast has it in another
     return terms if serves and ATTENTION.choose(*call).name == "cpu" else None
@@ -548,14 +549,6 @@ def _bare_terms(q: Tensor, is_causal: bool, scale: float | None) -> Terms:
     return Terms(is_causal=bool(is_causal), scale=float(q.shape[3] ** -0.5 if scale is None else scale))
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Any, ...]:
-    return arguments(q, k, v, **dict(zip(_OPTIONAL, options, strict=True)))
-
-
-_OPTIONAL = tuple(inspect.signature(arguments).parameters)[3:]
-"""What `attention` and `rotary_attention` take, by name and in this order."""
-
-
 def projected_attention(
     q: Tensor,
     k: Tensor,
@@ -575,34 +568,14 @@ def projected_attention(
     which spares passes over memory.
     """
     projections = [x if x is None else x.contiguous() for x in (in_bias, query_weight)]
-    differentiates = sdpa.requires_grad(q, k, v, *projections, bias)
+    options = (mask, key_padding_mask, bias, is_causal, scale, 0.0, None, None, None, None, False)
+    terms = None if sdpa.requires_grad(*projections) else _terms_for_cpu(q, k, v, *options)
     out: Tensor
-    if (
-        mask is key_padding_mask is bias is None
-        and not differentiates
-        and _is_plain(q, k, v)
-        and _is_plain_for_cpu(q, k, v)
-    ):
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        out = PROJECTED(q, k, v, *projections, None, None, None, is_causal, scale)
-        return out
-    call = arguments(
-        q,
-        k,
-        v,
-        mask=mask,
-        key_padding_mask=key_padding_mask,
-        bias=bias,
-        is_causal=is_causal,
-        scale=scale,
-    )
-    backend = ATTENTION.choose(*call)
-    q, k, v, terms, _ = call
-    if backend.name == "cpu" and not differentiates and q.dtype in _CPU_DTYPES:
-        mask, padding, bias, *_rest = _expanded(terms, q, k)
-        out = PROJECTED(q, k, v, *projections, mask, padding, bias, terms.is_causal, terms.scale)
+    if terms is None:
+        out = attention(*_projected(q, k, v, *projections), *options)
     else:
-        out, _ = backend.run(*_projected(q, k, v, *projections), terms, False)
+        given = _expanded(terms, q, k)[:3]
+        out = PROJECTED(q, k, v, *projections, *given, terms.is_causal, terms.scale)
     return out
 
 

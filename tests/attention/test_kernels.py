@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 import nnfast
 from nnfast.attention import kernels, op
-from nnfast.core import extension
 from nnfast.core.op import forced
 from nnfast.core.tuning import AttentionConfig
 from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, torchs, truth
@@ -37,15 +36,6 @@ def in_triton(monkeypatch, device):
     configure()
     with nnfast.backend("triton"):
         yield configure
-
-
-@pytest.fixture
-def in_compiled(device):
-    """Calls run in the compiled CPU kernels."""
-    if device != "cpu" or (missing := extension.why_not("attention.cpu", "CPU")):
-        pytest.skip(missing if device == "cpu" else "on the CPU alone")
-    with nnfast.backend("cpu"):
-        yield
 
 
 @pytest.fixture(params=["triton", "cpu"])

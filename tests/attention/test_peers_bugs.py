@@ -45,17 +45,15 @@ def test_very_negative_scores_at_an_odd_block(backend, device):
     q, k, v = heads(s, torch.float32, device)
     k = k - 150 * q.mean(2, keepdim=True).sign()
     q = q.abs() * q.mean(2, keepdim=True).sign()
+    q, k = ((16 * x).round() / 16 for x in (q, k))  # scores are exact then, in whatever order they are summed
     options = {"mask": call("mask", s, device=device)["mask"], "scale": 0.5}
     _, lse = ours(q, k, v, **options, return_lse=True)
     assert lse.max() < -88.7
     upper = torch.ones_like(q)
     wide = gradients(out, q.double(), k.double(), v.double(), options, upper.double())
-    # An ulp of such scores is a relative error of probabilities, and q's gradient is a difference of keys.
-    rounded = torch.finfo(q.dtype).eps * float(lse.abs().max() * k.abs().max())
-    assert rounded < 0.05
     for grad, expected in zip(gradients(ours, q, k, v, options, upper), wide, strict=True):
         assert grad.isfinite().all()
-        assert (grad.double() - expected).abs().max() <= rounded * expected.abs().max()
+        assert (grad.double() - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 def test_cudnn_is_not_chosen_where_it_is_wrong():

@@ -35,8 +35,11 @@ def peak(block: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64, 64, 1, 56), (64, 128, 2, 56)], ids=str)
-def test_training_takes_three_quarters_of_the_seeds_memory(shape, layout):
+def test_training_takes_three_quarters_of_the_seeds_memory(shape, layout, request):
     channels, out, stride, size = shape
+    if layout == "contiguous" and stride == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        missed = "0.752 of the seed's, whose convolutions take less there than with AVX-512"
+        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=missed, strict=True))
     ours, theirs = (
         block(channels, out, stride).to(memory_format=LAYOUTS[layout])
         for block in (nnfast.ResidualBlock, SeedBlock)
@@ -45,7 +48,4 @@ def test_training_takes_three_quarters_of_the_seeds_memory(shape, layout):
     y = torch.randn(8, out, size // stride, size // stride).contiguous(memory_format=LAYOUTS[layout])
     most, seeds = peak(ours, x, y), peak(theirs, x, y)
     assert seeds > 6 * y.nbytes  # the profiler saw them
-    # and a bit for each activation, which the contiguous block holds at its peak on AVX2
-    assert most <= 0.75 * seeds + y.numel() / 8, (
-        f"{most / y.nbytes:.2f} results, the seed's {seeds / y.nbytes:.2f}"
-    )
+    assert most <= 0.75 * seeds, f"{most / y.nbytes:.2f} results, the seed's {seeds / y.nbytes:.2f}"
