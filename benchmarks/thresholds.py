@@ -6,6 +6,7 @@ in any dtype and shape, with and without autograd, and the ratios behind it.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -82,9 +83,14 @@ PLANES = ((512, 7), (256, 14), (64, 56))
 
 
 def norm_ratio(
-    backend: str, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, mode: str
+    backend: str,
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    mode: str,
+    plain: bool,
 ) -> float:
-    """torch's time over the backend's, of the activation and residual for which that is least."""
+    """torch's time over the backend's; plain: alone, else of an activation with and without a residual."""
     grad = mode == "autograd"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -95,9 +101,7 @@ def norm_ratio(
     parameters = [torch.ones(shape[1], device=device, dtype=dtype, requires_grad=grad) for _ in range(2)]
     running = [torch.ones(shape[1], device=device, dtype=dtype) for _ in range(2)]
     found = []
-    for act, with_residual in (("identity", False), ("relu", False), ("relu", True)):
-        if act == "identity" and mode == "inference":
-            continue  # one pass whoever runs it
+    for act, with_residual in [("identity", False)] if plain else [("relu", False), ("relu", True)]:
 
         def step(inputs: tuple[Tensor, Tensor, Tensor], act: str = act, with_residual: bool = with_residual):
             x, residual, upstream = inputs
@@ -121,12 +125,15 @@ def norm_ratio(
 
 def batch_norms(backend: str, sizes: list[int]) -> None:
     """Print from where on a backend's batch norm pays, for each row of its table of thresholds."""
+    layouts = torch.contiguous_format, torch.channels_last
     for mode in ("inference", "statistics", "autograd"):
-        for layout in (torch.contiguous_format, torch.channels_last):
+        for layout, plain in itertools.product(layouts, (False, True)):
             innermost = layout is torch.channels_last
             shipped = tuning.NORM_THRESHOLDS.get((backend, mode, innermost))
+            what = "alone" if plain else "with an activation"
             print(
-                f"batch_norm_act {backend} {mode} {str(layout).removeprefix('torch.')} (shipped: {shipped})"
+                f"batch_norm_act {backend} {mode} {str(layout).removeprefix('torch.')} {what} "
+                f"(shipped: {shipped})"
             )
             for channels, side in PLANES:
                 for dtype in DTYPES:
@@ -135,7 +142,7 @@ def batch_norms(backend: str, sizes: list[int]) -> None:
                         images = size // (channels * side * side)
                         if images:
                             shape = (images, channels, side, side)
-                            found[size] = norm_ratio(backend, shape, layout, dtype, mode)
+                            found[size] = norm_ratio(backend, shape, layout, dtype, mode, plain)
                     ratios = "  ".join(f"2^{n.bit_length() - 1}: {r:.2f}x" for n, r in found.items())
                     name = str(dtype).removeprefix("torch.")
                     print(f"  {channels} at {side}x{side} {name}: {crossover(found)}  {ratios}", flush=True)

@@ -1,8 +1,6 @@
 // Batch norm, residual and activation on the CPU. One engine walks over stretches of memory in which the
 // channel repeats with a period of whole vectors: rows of channels where they are innermost, else a plane of
 // one channel. What is done to a vector is a Body.
-#include "common/cpu.h"
-
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -10,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "common/lanes.h"
 #include "conv_bn_act/ops.h"
 
 namespace nnfast::cpu {
@@ -103,7 +102,7 @@ struct Engine {
   static constexpr int slots = sums ? sums : 1, sinks = outputs ? outputs : 1;
   static constexpr int unit = lanes < 8 ? 8 : lanes;  // whole bytes of mask
 
-  const Body& body;
+  Body body;
   const T* in[inputs];
   T* out[sinks];
   int64_t width;            // columns: a multiple of `unit`
@@ -117,11 +116,17 @@ struct Engine {
     return j / lanes * lanes + j % parts * (lanes / parts) + j % lanes / parts;
   }
 
-  // n elements from `first` on. Bit 0 of the masks is theirs. One body for all of them: every copy of it is
-  // compiled for each instruction set.
+  // n elements from `first` on. Bit 0 of the masks is theirs. What costs least is compiled by itself, where a
+  // branch would cost as much; one body for all else, since each is compiled for each instruction set.
   NNFAST_INLINE void run(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out,
                          bool stream) const {
-    const Engine engine = *this;  // in registers, since what is stored may overlap *this
+    Engine engine = *this;  // in registers, since what is stored may overlap *this
+    if constexpr (requires { body.act; })
+      for (const Activation cheap : {Activation::identity, Activation::relu})
+        if (body.act.which == cheap) {
+          engine.body.act.which = cheap;
+          return engine.walk(first, n, bits, bits_out, stream);
+        }
     engine.walk(first, n, bits, bits_out, stream);
   }
 
@@ -129,21 +134,22 @@ struct Engine {
   NNFAST_INLINE void walk(int64_t first, int64_t n, const uint8_t* bits, uint8_t* bits_out,
                           bool stream) const {
     const int64_t whole = n / lanes * lanes;
-    V sum[slots][parts] = {};
-    const auto vector = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    V sum[slots][parts] = {}, odd[slots][parts] = {};
+    const auto vector = [&](int64_t i, const Compute* columns, auto& sum) __attribute__((always_inline)) {
       const T* from[inputs];
       T* to[sinks];
       for (int k = 0; k < inputs; ++k) from[k] = in[k] + first + i;
       for (int k = 0; k < outputs; ++k) to[k] = out[k] + first + i;
       uint32_t open = 0;
       if (Body::takes_bits && bits) open = get(bits, i, lanes);
-      const uint32_t gives = one<false>(from, to, column(j), open, 0, bits_out, stream, sum);
+      const uint32_t gives = one<false>(from, to, columns, open, 0, bits_out, stream, sum);
       if (Body::gives_bits && bits_out) put(bits_out, i, lanes, gives);
     };
     if constexpr (sums == 0) {
-      for (int64_t i = 0, j = 0; i < whole; i += lanes) {
-        vector(i, j);
-        j = j + lanes == width ? 0 : j + lanes;
+      const int64_t row = shared() ? whole : width, step = shared() ? 0 : lanes;
+      for (int64_t i = 0; i < whole;) {
+        const int64_t end = std::min(i + row, whole);
+        for (const Compute* columns = table; i < end; i += lanes, columns += step) vector(i, columns, sum);
       }
     } else {
       // where all columns share their sums: they are those of the first
@@ -152,7 +158,17 @@ struct Engine {
         const int64_t count = std::clamp<int64_t>(rows, 1, group);
         const int64_t columns = rows > 0 ? step : whole - at;
         for (int64_t j = 0; j < columns; j += lanes) {
-          for (int64_t r = 0, i = at + j; r < count; ++r, i += step) vector(i, j);
+          const Compute* const coefficients = column(j);
+          int64_t i = at + j, r = 0;
+          if constexpr (inputs == 1) {  // there additions would wait for one another
+            for (; r + 1 < count; r += 2, i += 2 * step) {
+              vector(i, coefficients, sum);
+              vector(i + step, coefficients, odd);
+            }
+            for (int s = 0; s < sums; ++s)
+              for (int part = 0; part < parts; ++part) sum[s][part] += std::exchange(odd[s][part], V{});
+          }
+          for (; r < count; ++r, i += step) vector(i, coefficients, sum);
           if (shared() && rows <= group) continue;  // with what is left
           add(j, sum);
         }
@@ -174,21 +190,30 @@ struct Engine {
           add_to(to, sum[s][part]);
         } else {
           using Narrow = typename VectorOf<Compute, bytes / 2>::type;
-          using Wide = typename VectorOf<double, bytes>::type;
           const auto halves = __builtin_bit_cast(std::array<Narrow, 2>, sum[s][part]);
-          add_to(to, __builtin_convertvector(halves[0], Wide));
-          add_to(to + bytes / 8, __builtin_convertvector(halves[1], Wide));
+          add_to(to, widened(halves[0]));
+          add_to(to + bytes / 8, widened(halves[1]));
         }
         sum[s][part] = V{};
       }
   }
 
+  template <class Narrow>
+  static NNFAST_INLINE auto widened(Narrow value) {
+    using Wide = typename VectorOf<double, bytes>::type;
+#if defined(__x86_64__)
+    if constexpr (bytes >= 32) {  // by hand: GCC converts it in parts
+      Wide wide;
+      asm("vcvtps2pd %1, %0" : "=v"(wide) : "v"(value));
+      return wide;
+    }
+#endif
+    return __builtin_convertvector(value, Wide);
+  }
+
   template <class Wide>
   static NNFAST_INLINE void add_to(double* to, Wide value) {
-    Wide total;
-    std::memcpy(&total, to, sizeof(Wide));
-    total += value;
-    std::memcpy(to, &total, sizeof(Wide));
+    store(to, load<Wide>(to) + value);
   }
 
   NNFAST_INLINE const Compute* column(int64_t j) const { return table + (shared() ? 0 : j); }
@@ -231,8 +256,7 @@ struct Engine {
       constexpr int part = decltype(index)::value;
       V x[inputs], c[tables], y[sinks] = {}, term[slots] = {};
       for (int k = 0; k < inputs; ++k) x[k] = packs[k].part[part];
-      for (int k = 0; k < tables; ++k)
-        std::memcpy(&c[k], columns + k * table_width + part * (lanes / parts), sizeof(V));
+      for (int k = 0; k < tables; ++k) c[k] = load<V>(columns + k * table_width + part * (lanes / parts));
       const auto opened = LB::template spread<part>(open);
       body.template apply<typename Scalar<T>::Math>(x, c, opened, y, term, z[part]);
       for (int k = 0; k < outputs; ++k) results[k].part[part] = y[k];
@@ -377,8 +401,7 @@ struct Worker {
     for (int k = 0; k < E::tables; ++k, to += table_width) {
       if (table_width == E::lanes && period == 1) {  // often: of each plane
         const typename E::V all = typename E::V{} + value(k, 0);
-        for (int part = 0; part < E::parts; ++part)
-          std::memcpy(to + part * (E::lanes / E::parts), &all, sizeof(all));
+        for (int part = 0; part < E::parts; ++part) store(to + part * (E::lanes / E::parts), all);
         continue;
       }
       for (int64_t c = 0; c < period; ++c) to[E::place(c)] = value(k, c);

@@ -651,7 +651,8 @@ class Extent(NamedTuple):
         numel, channels = x.numel(), x.shape[1]
         if self.winograd and numel >= 4 * tuning.WINOGRAD.tiles * channels:
             return False
-        return numel * self.elements < BATCH_NORM_ACT.least[x.element_size() < 4] * channels
+        least = BATCH_NORM_ACT.least.elements(x.element_size() < 4, x.shape[2:].numel())
+        return numel * self.elements < least * channels
 
 
 def extent(modules: Iterable[nn.Module]) -> Extent:

@@ -628,17 +628,8 @@ _SMALLEST = {
 
 def _is_small(x: Tensor, mode: str) -> bool:
     """Whether x is torch's by its size, at the cost of a microsecond."""
-    innermost = channels_innermost(x)
-    least = _SMALLEST[mode, innermost][x.element_size() < 4]
-    if not innermost and x.shape[2:].numel() < tuning.SHORT:
-        least = max(least, _SHORT[mode])
-    return x.numel() < least
-
-
-_SHORT = {
-    mode: min(t.short for (_, of, last), t in tuning.NORM_THRESHOLDS.items() if of == mode and not last)
-    for mode in _MODES
-}
+    least = _SMALLEST[mode, channels_innermost(x)]
+    return x.numel() < least.elements(x.element_size() < 4, x.shape[2:].numel())
 
 
 def _not_worth(
@@ -662,14 +653,15 @@ def _not_worth(
         return ["x is neither contiguous nor channels last, and would be copied"]
     reasons = []
     stretch, what = (_count(x), "channel") if innermost else (x.shape[2:].numel(), "plane")
-    numel = least.wide if x.dtype in (torch.float32, torch.float64) else least.half
-    numel = max(numel, least.short) if stretch < tuning.SHORT else numel
-    if x.numel() < numel:
+    numel = least.elements(x.element_size() < 4, stretch)
+    if numel == tuning.NEVER:
+        reasons.append(f"torch's own is faster in half types {_MODES[mode]}")
+    elif x.numel() < numel:
         reasons.append(f"{x.numel()} elements; measured to pay from {numel} on {_MODES[mode]}")
     if stretch < least.stretch:
         reasons.append(f"{stretch} values of a {what}; measured to pay from {least.stretch} on")
-    if mode == "inference" and residual is None and act == IDENTITY:
-        reasons.append("one pass, in torch as well")
+    if residual is None and act == IDENTITY and not least.plain:
+        reasons.append("neither an activation nor a residual: torch's own takes as few passes over memory")
     return reasons
 
 
@@ -696,18 +688,9 @@ class BatchNormAct(Op):
             Backend(key, partial(run, kernels), partial(_why_not, key), partial(_not_worth, key))
             for key, kernels in (("cuda", compiled), ("triton", triton), ("cpu", compiled))
         ]
-        self.on_cpu = ours[-1]
         aten = Backend("aten", _run_aten, _aten_why_not)
         self.aten = _run_aten
         super().__init__(NAME, [*ours, aten, Backend("reference", _run_reference)])
-
-    def choose(self, *args: Any, **kwargs: Any) -> Backend:
-        """As ever; on the CPU kernels of elsewhere are not asked, which took as long as a small norm."""
-        if args[0].is_cpu and forced() is None:
-            ours = self.on_cpu
-            if not ours.why_not(*args, **kwargs) and not ours.not_worth(*args, **kwargs):
-                return ours
-        return super().choose(*args, **kwargs)
 
     def example(self, device: str) -> tuple[Any, ...]:
         """A training step's batch of 64 channels, and relu."""

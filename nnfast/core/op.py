@@ -166,11 +166,17 @@ class Op:
     def choose(self, *args: Any, **kwargs: Any) -> Backend:
         """The backend that serves a call.
 
+        Of one on the CPU no kernels of elsewhere are asked, which would take as long as a small operation;
+        `explain` asks them for their reasons.
+
         Raises:
             BackendError: if the forced backend cannot, or none can.
         """
         name = forced()
+        on_cpu = name is None and args and getattr(args[0], "is_cpu", False)
         for candidate in self.backends:
+            if on_cpu and candidate.name in ("cuda", "triton"):
+                continue
             if name is not None:
                 if candidate.name == name and not candidate.why_not(*args, **kwargs):
                     return candidate

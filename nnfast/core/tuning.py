@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+
+import torch
 
 NEVER = sys.maxsize
 
@@ -44,33 +46,51 @@ class NormThreshold:
         half: fewest elements in half types.
         stretch: fewest values of a channel where channels are innermost, else of a plane.
         short: fewest elements where a stretch has less than `SHORT` values, each of which costs a start.
+        plain: whether that holds of a batch norm alone, without an activation or a residual, too.
     """
 
     wide: int
     half: int
     stretch: int
     short: int = 0
+    plain: bool = True
+
+    def elements(self, half: bool, stretch: int) -> int:
+        """Fewest elements in half types or others, in stretches of so many values."""
+        least = self.half if half else self.wide
+        return max(least, self.short) if stretch < SHORT else least
 
 
 SHORT = 14 * 14
 
-
-# (backend, mode, channels innermost) -> NormThreshold; the mode is "inference", "statistics" of the batch, or
-# "autograd" with either. What is not listed has not been measured, as above.
-NORM_THRESHOLDS: dict[tuple[str, str, bool], NormThreshold] = {
+_WITH_AVX512 = {
     ("cpu", "autograd", True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
     ("cpu", "autograd", False): NormThreshold(wide=3 << 17, half=1 << 21, stretch=14 * 14),
     ("cpu", "statistics", True): NormThreshold(wide=1 << 19, half=1 << 18, stretch=1536),
     ("cpu", "statistics", False): NormThreshold(wide=3 << 16, half=1 << 21, stretch=7 * 7, short=3 << 17),
-    ("cpu", "inference", True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1),
-    ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14),
+    ("cpu", "inference", True): NormThreshold(wide=1 << 20, half=1 << 18, stretch=1, plain=False),
+    ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14, plain=False),
+}
+_WITHOUT = {
+    ("cpu", "autograd", True): NormThreshold(wide=3 << 18, half=NEVER, stretch=1536, plain=False),
+    ("cpu", "autograd", False): NormThreshold(wide=3 << 17, half=NEVER, stretch=14 * 14),
+    ("cpu", "statistics", True): NormThreshold(wide=1 << 20, half=1 << 20, stretch=1536, plain=False),
+    ("cpu", "statistics", False): NormThreshold(wide=3 << 16, half=NEVER, stretch=7 * 7),
+    ("cpu", "inference", True): NormThreshold(wide=1 << 19, half=1 << 19, stretch=1, plain=False),
+    ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 20, stretch=14 * 14, plain=False),
 }
 
+# (backend, mode, channels innermost) -> NormThreshold; the mode is "inference", "statistics" of the batch, or
+# "autograd" with either. What is not listed has not been measured, as above.
+NORM_THRESHOLDS: dict[tuple[str, str, bool], NormThreshold] = (
+    _WITH_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _WITHOUT
+)
 
-def smallest_norm(innermost: bool, *modes: str) -> tuple[int, int]:
-    """Fewest elements for which any backend but torch's own is worth choosing, in wide and in half types."""
+
+def smallest_norm(innermost: bool, *modes: str) -> NormThreshold:
+    """From where on any backend but torch's own can be worth choosing."""
     found = [t for (_, mode, last), t in NORM_THRESHOLDS.items() if mode in modes and last is innermost]
-    return min(t.wide for t in found), min(t.half for t in found)
+    return NormThreshold(*(min(getattr(t, f.name) for t in found) for f in fields(NormThreshold)))
 
 
 def threshold(op: str, backend: str, grad: bool) -> int:
