@@ -576,40 +576,37 @@ struct ShortRowsBackward : Backward<T> {
   template <class P>
   NNFAST_INLINE void some(const Places<P>* places, int64_t first, int count, const T* x, T* dx) const {
     using V = typename P::Compute;
-    alignas(64) Compute shift[P::lanes] = {}, scale[P::lanes] = {}, at_target[P::lanes] = {};
+    constexpr int n = P::lanes / P::parts;
+    alignas(64) Compute padded[3][P::lanes], at_target[P::lanes];
     alignas(64) typename Lanes<Compute>::Bits target[P::lanes];
-    const auto whole = [&](int lanes) __attribute__((always_inline)) {
-      std::copy_n(this->rows.shift() + first, lanes, shift);
-      std::copy_n(this->rows.scale() + first, lanes, scale);
-      std::copy_n(this->rows.at_target() + first, lanes, at_target);
-    };
+    const Compute *shift = this->rows.shift() + first, *scale = this->rows.scale() + first,
+                  *loss_at_target = this->rows.at_target() + first;
     bool all = false;  // rows have a target
     if (count == P::lanes) {
-      whole(P::lanes);
       typename P::Bits known = ~typename P::Bits{};
       for (int i = 0; i < P::parts; ++i) {
-        constexpr int n = P::lanes / P::parts;
         const typename P::Bits classes = classes_of<sizeof(V)>(this->rows, first + i * n, *this->bad);
         store(target + i * n, classes);
         known &= classes != ~typename Lanes<Compute>::Bits{};
       }
       all = across(known, [](auto a, auto b) __attribute__((always_inline)) { return a & b; }) != 0;
     } else {
-      whole(count);
+      int k = 0;
+      for (const Compute** from : {&shift, &scale, &loss_at_target}) {
+        std::fill_n(padded[k], P::lanes, Compute{});
+        std::copy_n(*from, count, padded[k]);
+        *from = padded[k++];
+      }
     }
     V shifts[P::parts], scales[P::parts];
-    std::memcpy(shifts, shift, sizeof(shift));
-    std::memcpy(scales, scale, sizeof(scale));
-    if (this->grad.step) {
-      for (int i = 0; i < count; ++i) {
-        const Compute grad = this->grad.of(first + i);
-        scale[i] *= grad;
-        at_target[i] *= grad;
-      }
-      std::memcpy(scales, scale, sizeof(scale));
-    } else {
-      for (int i = 0; i < P::parts; ++i) scales[i] *= *this->grad.grad;
-      for (int i = 0; i < P::lanes; ++i) at_target[i] *= *this->grad.grad;
+    for (int i = 0; i < P::parts; ++i) {
+      V grad = V{} + *this->grad.grad;
+      if (this->grad.step)
+        for (int lane = 0; lane < n; ++lane)
+          grad[lane] = i * n + lane < count ? this->grad.of(first + i * n + lane) : 0;
+      shifts[i] = load<V>(shift + i * n);
+      scales[i] = load<V>(scale + i * n) * grad;
+      store(at_target + i * n, load<V>(loss_at_target + i * n) * grad);
     }
     const int classes = int(this->rows.classes);
     for (int v = 0; v < classes; ++v) {
