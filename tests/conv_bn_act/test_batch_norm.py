@@ -364,12 +364,16 @@ def test_served_from_its_threshold_on(mode, layout):
     mean, var = torch.zeros(64), torch.ones(64)
     weight = torch.ones(64, requires_grad=mode == "autograd")
 
-    def found(x: torch.Tensor) -> str | None:
+    def found(x: torch.Tensor, act: str = "relu") -> str | None:
         args = x, mean, var, weight, torch.zeros(64), mode != "inference"
-        return nnfast.explain("batch_norm_act", *args, act="relu").backend
+        return nnfast.explain("batch_norm_act", *args, act=act).backend
 
     assert found(x) == "cpu"
     assert found(x[: max(least.wide // (64 * 16 * 16) - 1, 1)]) == "aten"
+    assert found(x, "identity") == ("cpu" if least.plain else "aten")
+    if least.half == tuning.NEVER:
+        large = x.bfloat16().repeat(8, 1, 1, 1).contiguous(memory_format=layout)
+        assert found(large) == "aten"
 
 
 def test_nan_and_infinity_stay_in_their_channel(backend):
