@@ -27,7 +27,7 @@ from ..core.operator import autocasts, traced, transformed
 from ..core.snapshot import hooked
 from . import fold, links, replay
 from .module import activation_code, batch_norm_act, norm_of, normalise
-from .op import BATCH_NORM_ACT, again, in_layout, recomputing
+from .op import BATCH_NORM_ACT, again, in_layout, recomputing, takes_any_layout
 from .replay import observers
 
 NAME = "conv_bn_act"
@@ -924,15 +924,16 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """x contiguous; its gradient in channels_last."""
+    """x contiguous; its gradient in channels_last, or as it is if that is all the same to what made x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.as_it_is = takes_any_layout(x)
         return in_layout(x, channels_last=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad if _batched(grad) else _enter(grad)
+        return grad if ctx.as_it_is or _batched(grad) else _enter(grad)
 
 
 def _batched(grad: Tensor) -> bool:

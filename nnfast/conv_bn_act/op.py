@@ -344,6 +344,8 @@ def _gradients(
     need_x, need_weight, need_bias, _, need_residual, need_rw, need_rb, *_ = ctx.needs_input_grad
     eps = 0.0 if residual_norm is None else residual_norm.eps
     arguments = _arguments(x, moments, weight, bias, norm.eps, residual, residual_weight, residual_bias, eps)
+    if x.dim() == 4 and grad.stride() != x.stride():
+        grad = in_layout(grad, channels_innermost(x))  # a copy that is gone as soon as dz is written
     need_dz = need_residual and residual_norm is None
     need_backward = need_x or (need_residual and not need_dz)
     need_parameters = need_weight or need_bias or need_rw or need_rb
@@ -865,6 +867,12 @@ def batch_norm_act(
         return _run_aten(x, norm, residual, residual_norm, act, slope)
     result: Tensor = BATCH_NORM_ACT(x, norm, residual, residual_norm, act, slope)
     return result
+
+
+def takes_any_layout(y: Tensor) -> bool:
+    """y is our batch norm's, whose backward brings a gradient into the memory format it needs."""
+    kind: Any = _BatchNormAct._backward_cls
+    return isinstance(y.grad_fn, kind)
 
 
 def again(y: Tensor) -> Callable[[], Tensor] | None:

@@ -35,11 +35,8 @@ def peak(block: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64, 64, 1, 56), (64, 128, 2, 56)], ids=str)
-def test_training_takes_three_quarters_of_the_seeds_memory(shape, layout, request):
+def test_training_takes_three_quarters_of_the_seeds_memory(shape, layout):
     channels, out, stride, size = shape
-    if layout == "contiguous" and stride == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        missed = "0.752 of the seed's, whose convolutions take less there than with AVX-512"
-        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=missed, strict=True))
     ours, theirs = (
         block(channels, out, stride).to(memory_format=LAYOUTS[layout])
         for block in (nnfast.ResidualBlock, SeedBlock)
