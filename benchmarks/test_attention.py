@@ -21,18 +21,21 @@ from nnfast.core.op import OPS
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-KINDS = ("plain", "causal", "padding", "bias", "window")
+KINDS = ("plain", "causal", "padding", "bias", "window", "softcap")
 TOKENS, WIDTH = (16384, 2048) if CUDA else (2048, 512)
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384) if CUDA else (128, 512, 2048)
 HEAD_DIMS = (32, 64, 80, 96, 128, 256) if CUDA else (64,)
 QUICK = {(1024, 64), (1024, 128), (4096, 128)} if CUDA else {(128, 64)}
 WINDOW = 128
+SOFTCAP = 50.0
 LARGEST_FORMULA = 2048 if CUDA else 512
 """Longest sequence for which the scores are held whole."""
 
 
 def targets(kind: str, length: int) -> dict[str, float]:
     """What is promised: never slower than torch's best, and half as long again where that needs a mask."""
+    if kind == "softcap":  # of which torch has its formula
+        return {"compile": 1.5}
     if not CUDA:
         return {"torch": 1 / 1.05} if kind != "window" else {}
     return {"torch": 1.5 if kind in ("padding", "bias") and length >= 1024 else 1 / 1.03}
@@ -46,11 +49,15 @@ def terms(kind: str, q: Tensor) -> dict[str, Any]:
         return {"key_padding_mask": places >= length * 3 // 4}
     if kind == "bias":
         return {"bias": torch.randn(1, h, length, length, device=q.device).to(q.dtype)}
-    return {"causal": {"is_causal": True}, "window": {"window": WINDOW}}.get(kind, {})
+    return {
+        "causal": {"is_causal": True},
+        "window": {"window": WINDOW},
+        "softcap": {"softcap": SOFTCAP},
+    }.get(kind, {})
 
 
 def torch_arguments(given: dict[str, Any], length: int, device: str) -> dict[str, Any]:
-    """The same for `F.scaled_dot_product_attention`."""
+    """The same for `F.scaled_dot_product_attention`, and softcap for `formula`."""
     if "key_padding_mask" in given:
         return {"attn_mask": ~given["key_padding_mask"][:, None, None]}
     if "bias" in given:
@@ -62,10 +69,17 @@ def torch_arguments(given: dict[str, Any], length: int, device: str) -> dict[str
 
 
 def formula(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """As it is written down."""
     scores = q @ k.mT / q.shape[3] ** 0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
         attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -91,6 +105,9 @@ def test_attention(length, head_dim, kind, direction, device, quick, benchmark, 
         pytest.skip("not in --quick")
     if kind == "bias" and length > 8192:
         pytest.skip("the bias itself would take gigabytes")
+    whole = length <= (2048 if kind == "softcap" else LARGEST_FORMULA)
+    if kind == "softcap" and not whole:
+        pytest.skip("torch has only the formula, whose scores would take gigabytes")
     torch._dynamo.reset()
     torch.manual_seed(0)
     training = direction != "forward"
@@ -114,13 +131,12 @@ def test_attention(length, head_dim, kind, direction, device, quick, benchmark, 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return nnfast.functional.attention(q, k, v, **given)
 
-    functions = {
-        "nnfast": ours,
-        "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **theirs),
-    }
-    if length <= LARGEST_FORMULA:
+    functions = {"nnfast": ours}
+    if kind != "softcap":
+        functions["torch"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **theirs)
+    if whole:
         functions["seed"] = lambda q, k, v: formula(q, k, v, **theirs)
-        if CUDA:
+        if CUDA or kind == "softcap":
             functions["compile"] = torch.compile(functions["seed"])
     with torch.set_grad_enabled(training):
         backend = nnfast.explain("attention", q, k, v, **given).backend or ""
@@ -128,7 +144,7 @@ def test_attention(length, head_dim, kind, direction, device, quick, benchmark, 
     if CUDA and backend != "triton" and not triton.why_not(*OPS["attention"].arguments(q, k, v, **given)):
         functions["triton"] = forced(ours, "triton")
     functions = {name: both(function) for name, function in functions.items()}
-    expected = functions["torch"]([q, k, v])
+    expected = functions["torch" if "torch" in functions else "seed"]([q, k, v])
     for run in functions.values():
         for a, b in zip(run([q, k, v]), expected, strict=True):
             scale = float(b.abs().max())

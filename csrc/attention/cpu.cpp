@@ -202,6 +202,7 @@ struct Block {
   T *q_rows, *grad_rows;  // as they are, where given
   T *lse, *delta;         // (query_block,); delta is not yet of the probabilities where blocks are whole
   T *s, *ds;              // (key_block, query_block)
+  T* slope;               // likewise, of the soft cap; null where the gradient is that of capped scores
 
   NNFAST_INLINE void start(const Attention<T>& p, const Upstream<T>& up, int64_t n, int64_t h, int64_t i,
                            int columns) const {
@@ -237,9 +238,21 @@ struct Block {
   NNFAST_INLINE void compute(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows,
                              const T* k, const T* v) const {
     const Attention<T>& p = scores.p;
-    scores.compute(i, columns, j, rows, k, q, s);
+    scores.compute(i, columns, j, rows, k, q, s, slope);
     multiply<bytes>(Gemm<T>{rows, columns, p.values, v, p.values, 1, grad, ds, query_block, false});
-    if (p.whole()) return normalised(columns, rows);
+    if (p.whole())
+      normalised(columns, rows);
+    else
+      weighted(scores, i, columns, j, rows);
+    if (slope)
+      for (int at = 0; at < rows * query_block; at += query_block)
+        for (int c = at; c < at + columns; c += lanes) store(ds + c, load<V>(ds + c) * load<V>(slope + c));
+  }
+
+ private:
+  NNFAST_INLINE void weighted(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j,
+                              int rows) const {
+    const Attention<T>& p = scores.p;
     alignas(64) T factors[4 * query_block];
     for (int r = 0; r < rows; ++r) {
       if (p.drops && r % 4 == 0) scores.dropout(i, columns, j + r, factors);
@@ -255,7 +268,6 @@ struct Block {
     }
   }
 
- private:
   // The same where a block is whole: its probabilities add up to 1, which a rounded log-sum-exp keeps them
   // from, and delta is theirs. As exact as a softmax that was kept.
   NNFAST_INLINE void normalised(int columns, int rows) const {
@@ -307,7 +319,7 @@ struct Backward {
         of_q(together * query_block * k_width);
     const Scratch<T> q(together * query_block * p.head), grad(together * query_block * p.values),
         q_rows(together * query_block * k_width), grad_rows(together * query_block * v_width),
-        ends(together * 2 * query_block), s(2 * key_block * query_block);
+        ends(together * 2 * query_block), s((p.softcap != 0 ? 3 : 2) * key_block * query_block);
     const auto block = [&](int64_t b) __attribute__((always_inline)) {
       b *= query_block;
       return Block<T, bytes>{q + b * p.head,
@@ -317,7 +329,8 @@ struct Backward {
                              ends + 2 * b,
                              ends + 2 * b + query_block,
                              s,
-                             s + key_block * query_block};
+                             s + key_block * query_block,
+                             p.softcap != 0 ? s + 2 * key_block * query_block : nullptr};
     };
     const int64_t step = parts * query_block;
     for (int64_t task = begin; task < end; ++task) {
@@ -418,7 +431,7 @@ struct BiasBackward {
         s(2 * key_block * query_block), k(key_block * p.head), v(key_block * p.values),
         total(key_block * query_block);
     const Block<T, bytes> block{
-        q, grad, nullptr, nullptr, ends, ends + query_block, s, s + key_block * query_block};
+        q, grad, nullptr, nullptr, ends, ends + query_block, s, s + key_block * query_block, nullptr};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t column = task % columns(), row = task / columns() % rows();
       const int64_t plane = task / columns() / rows();
@@ -508,7 +521,6 @@ Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const T
                        const Optional& mask, const Optional& padding, const Optional& bias,
                        const Optional& slopes, const Optional& seed, bool is_causal, double scale,
                        double softcap, int64_t left, int64_t right, double dropout_p) {
-  check(softcap == 0, op, ": softcap is ", softcap, "; it needs to be 0");
   for (const auto& [name, x] : {std::pair("k", &k), std::pair("v", &v)})
     check_dtype(op, name, *x, q.scalar_type());
   check_dtype(op, "bias", bias, q.scalar_type());
@@ -532,7 +544,7 @@ Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const T
   const int64_t unlimited = p.queries + p.keys;
   p.left = left < 0 ? unlimited : std::min(left, unlimited);
   p.right = is_causal ? 0 : right < 0 ? unlimited : std::min(right, unlimited);
-  p.scale = T(scale);
+  p.scale = T(scale), p.softcap = T(softcap);
   p.drops = dropout_p > 0 && seed;
   p.seed = seed ? uint64_t(*data<int64_t>(*seed)) : 0;
   p.least = uint32_t(dropout_p * 4294967296.0);

@@ -41,7 +41,7 @@ struct Attention {
   Turn<T> turn;
   int64_t batch, heads, key_heads, queries, keys, head, values;
   int64_t left, right;  // no less than both lengths where there is no limit
-  T scale;
+  T scale, softcap;     // no cap where it is 0
   bool drops;
   uint64_t seed;
   uint32_t least;  // word of an element that is kept
@@ -210,8 +210,20 @@ NNFAST_INLINE V decayed(V x) {
   using T = typename Lanes<V>::Element;
   constexpr T lowest = sizeof(T) == 4 ? T(-80) : T(-700);
   if constexpr (!host::has_scale<V>) return x < lowest ? V{} : Precise::exp<true>(max(V{} + lowest, x));
-  const auto [p, n, shifted] = Precise::power(x);
-  return host::scale(x < lowest ? V{} : p, n);
+  const auto power = Precise::power(x);
+  return host::scale(x < lowest ? V{} : power.p, power.n);
+}
+
+// tanh(x) = -m / (m + 2) with m = e^(-2 |x|) - 1 = 2^n (e^r - 1) + (2^n - 1), to some units in the last
+// place.
+template <class V>
+NNFAST_INLINE V tanh(V x) {
+  using T = typename Lanes<V>::Element;
+  constexpr T lowest = sizeof(T) == 4 ? T(-20) : T(-40);  // where m is -1 to all digits
+  const V positive = x < 0 ? -x : x;
+  const auto power = Precise::power(max(V{} + lowest, -2 * positive));
+  const V two_to_n = power.two_to_n(), m = two_to_n * power.over_one + (two_to_n - 1), t = -m / (m + 2);
+  return x < 0 ? -t : t;
 }
 
 // What the scores of one head are computed from.
@@ -240,10 +252,12 @@ struct Scores {
   }
 
   // s: (rows, query_block) of keys from j on and `columns` queries from i on; -inf where a key is unseen.
-  // k: (rows, head) without gaps; q: scaled and transposed, as `pack_columns` does it.
-  NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q,
-                             T* s) const {
+  // k: (rows, head) without gaps; q: scaled and transposed, as `pack_columns` does it. slope: null, or what
+  // the derivatives of the soft cap are left in
+  NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q, T* s,
+                             T* slope = nullptr) const {
     multiply<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, query_block, false});
+    if (p.softcap != 0) cap(columns, rows, s, slope);
     if (p.slopes.data) add_slopes(i, columns, j, rows, s);
     if (of_pairs(p.bias)) add_bias(i, columns, j, rows, s);
     if (of_pairs(p.mask)) add_mask(i, columns, j, rows, s);
@@ -277,6 +291,15 @@ struct Scores {
   template <class X>
   static NNFAST_INLINE bool of_keys(const Operand<X>& x) {
     return x.data && !x.l;
+  }
+
+  NNFAST_INLINE void cap(int columns, int rows, T* s, T* slope) const {
+    for (int at = 0; at < rows * query_block; at += query_block)
+      for (int c = at; c < at + columns; c += lanes) {
+        const V t = tanh(load<V>(s + c) / p.softcap);
+        store(s + c, t * p.softcap);
+        if (slope) store(slope + c, 1 - t * t);
+      }
   }
 
   NNFAST_INLINE void add_slopes(int64_t i, int columns, int64_t j, int rows, T* s) const {

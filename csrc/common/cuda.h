@@ -19,9 +19,8 @@
 #include <cassert>
 #define NNFAST_DEVICE_CHECK(condition, message) assert((condition) && message)
 #define NNFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(nnfast, CUDA, m)
-// Weak: the CPU build of torch has no such function, and the library must load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** stream);
+
+#include "common/stream.h"
 #endif
 
 namespace nnfast::cuda {
@@ -55,13 +54,11 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int thr
   cuda_emulation::launch(name, blocks, threads, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
 #else
   const torch::stable::accelerator::DeviceGuard guard(device_index);
-  void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(current_stream(device_index));
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 << 10)  // more has to be asked for
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));

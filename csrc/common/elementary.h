@@ -95,10 +95,18 @@ inline constexpr double exp_polynomial_double[] = {
     1.98412695066265242e-4, 1.38888889436223955e-3, 8.33333333349443103e-3, 4.16666666665301842e-2,
     0.166666666666664126,   0.500000000000001062};
 
-// e^x = p 2^n; the low bits of shifted are n.
+// e^x = p 2^n, p = 1 + over_one; the low bits of shifted are n.
 template <class T>
 struct Power {
-  T p, n, shifted;
+  T p, over_one, n, shifted;
+
+  // 2^n, where that is a normal number.
+  NNFAST_INLINE T two_to_n() const {
+    using Constants = ExpConstants<typename Lanes<T>::Element>;
+    using Bits = typename Lanes<T>::Bits;
+    return __builtin_bit_cast(T, (__builtin_bit_cast(Bits, shifted) + Constants::bias)
+                                     << Constants::mantissa_bits);
+  }
 };
 
 template <class T, class Element, int terms>
@@ -109,23 +117,21 @@ NNFAST_INLINE Power<T> power(T x, const Element (&polynomial)[terms]) {
   const T r = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
   T p = T{} + polynomial[0];
   for (int i = 1; i < terms; ++i) p = p * r + polynomial[i];
-  return {(p * r + 1) * r + 1, n, shifted};
+  return {(p * r + 1) * r + 1, (p * r + 1) * r, n, shifted};
 }
 
 // With `bounded`, x is no more than `highest`.
 template <bool bounded, class T, class Element, int terms>
 NNFAST_INLINE T exp(T x, const Element (&polynomial)[terms]) {
   using Constants = ExpConstants<Element>;
-  using Bits = typename Lanes<T>::Bits;
   constexpr bool scales = has_scale<T>;
   if constexpr (!bounded) x = min(T{} + (scales ? Constants::beyond_highest : Constants::highest), x);
   x = max(T{} + (scales ? Constants::lowest_with_denormals : Constants::lowest), x);
-  const auto [p, n, shifted] = power(x, polynomial);
+  const Power<T> power = host::power(x, polynomial);
   if constexpr (scales)
-    return scale(p, n);
+    return scale(power.p, power.n);
   else
-    return p * __builtin_bit_cast(T, (__builtin_bit_cast(Bits, shifted) + Constants::bias)
-                                         << Constants::mantissa_bits);
+    return power.p * power.two_to_n();
 }
 
 template <class T>

@@ -1,7 +1,6 @@
 // The focal loss on CUDA. A contiguous row belongs to 8 or 32 threads or to a block, by its length, and is
-// read in 16-byte vectors where they are aligned; a strided row belongs to one thread, neighbours side by
-// side. Contiguous rows are read once: the backward keeps them in shared memory where they fit (64k classes
-// in bfloat16 on every architecture from sm_80 on), and reads longer ones again.
+// read in 16-byte vectors where they are aligned, else four elements at a time; a strided row belongs to one
+// thread, neighbours side by side. Each direction reads a row once.
 #include "common/elementwise_cuda.h"
 #include "focal_loss/ops.h"
 
@@ -54,17 +53,17 @@ struct Team {
     return mine;
   }
 
-  // Adds count elements, classes `c` on, but not the target's.
+  // Adds count elements, of classes `c`, `c + apart` and so on, but not the target's.
   template <int count>
   static __device__ void take(RunningSum<Compute>& running, const Compute (&x)[count], int64_t c,
-                              int64_t target) {
+                              int64_t target, int apart = 1) {
     Compute most = x[0];
     NNFAST_UNROLL
     for (int e = 1; e < count; ++e) most = max(x[e], most);
     running.template raise<Math>(most);
     NNFAST_UNROLL
     for (int e = 0; e < count; ++e)
-      running.sum += c + e == target ? Compute(0) : Math::exp(x[e] - running.maximum);
+      running.sum += c + e * apart == target ? Compute(0) : Math::exp(x[e] - running.maximum);
   }
 };
 
@@ -121,13 +120,20 @@ __global__ void __launch_bounds__(block_of<lanes>, 1024 / block_of<lanes>)
   const int64_t target = row < rows.rows ? class_of(rows, row) : -1;
   RunningSum<ComputeOf<T>> running;
   if (row < rows.rows) {
+    constexpr int count = width == 1 ? 4 : width, apart = width == 1 ? lanes : 1;
     const T* const x = rows.x + row * rows.classes;
-    for (int64_t c = threadIdx.x % lanes * width; c < rows.classes; c += lanes * width) {
-      const auto vector = *reinterpret_cast<const Vector<T, width>*>(x + c);
-      ComputeOf<T> values[width];
-      NNFAST_UNROLL
-      for (int e = 0; e < width; ++e) values[e] = Scalar<T>::load(vector.element[e]);
-      Team<T, lanes>::template take<width>(running, values, c, target);
+    for (int64_t c = threadIdx.x % lanes * width; c < rows.classes; c += lanes * count) {
+      ComputeOf<T> values[count];
+      if constexpr (width == 1) {
+        NNFAST_UNROLL
+        for (int e = 0; e < count; ++e)
+          values[e] = c + e * apart < rows.classes ? Scalar<T>::load(x[c + e * apart]) : -INFINITY;
+      } else {
+        const auto vector = *reinterpret_cast<const Vector<T, width>*>(x + c);
+        NNFAST_UNROLL
+        for (int e = 0; e < count; ++e) values[e] = Scalar<T>::load(vector.element[e]);
+      }
+      Team<T, lanes>::template take<count>(running, values, c, target, apart);
     }
   }
   running = Team<T, lanes>::reduce(running);

@@ -1083,7 +1083,8 @@ class _Call:
 
 
 def _tf32(q: Tensor) -> bool:
-    return q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    allowed: Any = torch.backends.cuda.matmul  # its allow_tf32 raises once a program has set the precision
+    return q.is_cuda and bool(allowed.fp32_precision == "tf32")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:

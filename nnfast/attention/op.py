@@ -228,8 +228,6 @@ def _cpu_why_not(q: Tensor, k: Tensor, v: Tensor, terms: Terms, _: bool) -> list
     for name, x in (("bias", terms.bias), ("alibi_slopes", terms.alibi_slopes)):
         if x is not None and x.dtype not in (q.dtype, compute_dtype(q)):
             reasons.append(f"{name} has dtype {x.dtype}; our CPU kernels need q's, {q.dtype}")
-    if terms.softcap:
-        reasons.append("softcap is not for our CPU kernels")
     return reasons
 
 
@@ -373,7 +371,7 @@ def arguments(
     elif seed is not None:
         if not isinstance(seed, int):
             raise TypeError(f"{_NAME}: seed is a {type(seed).__name__}; it needs an int or a torch.Tensor")
-        seed = torch.tensor(seed, device=q.device)
+        seed = torch.full((), seed, dtype=torch.int64, device=q.device)  # a copy would wait for the GPU
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     options = (bool(is_causal), scale, float(softcap or 0.0), left, right, float(dropout_p))
     return q, k, v, Terms(mask, key_padding_mask, bias, alibi_slopes, seed, *options), return_lse

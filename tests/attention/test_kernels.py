@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 import nnfast
 from nnfast.attention import kernels, op
-from nnfast.core.op import forced
 from nnfast.core.tuning import AttentionConfig
 from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, torchs, truth
 from tests.attention.test_attention import assert_as_exact, error, options_in
@@ -48,11 +47,6 @@ def in_kernels(request):
     yield lambda *_: None
 
 
-def taken(options: dict) -> dict:
-    """The options, less what the kernels in use do not take."""
-    return {key: x for key, x in options.items() if key != "softcap" or forced() != "cpu"}
-
-
 def with_lse(*args: torch.Tensor, **options: object) -> object:
     """The function tested, with what it returns on demand."""
     return ours(*args, **options, return_lse=True)
@@ -64,7 +58,7 @@ def check(shape: Shape, name: str, dtype: torch.dtype, device: str) -> None:
     Gradients start from probabilities made again from lse, whose half ulp is a relative error of theirs.
     """
     q, k, v = heads(shape, dtype, device)
-    options = taken(call(name, shape, dtype, device))
+    options = call(name, shape, dtype, device)
     out, lse = ours(q, k, v, **options, return_lse=True)
     expected, true_lse = truth(q, k, v, **options)
     assert out.dtype == dtype
@@ -134,7 +128,7 @@ def test_gradient_of_a_broadcast_bias(shape, programs, device, in_kernels, monke
     """Tiles that share an element are added up in one part, in uneven parts, and each in its own."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     q, k, v = heads(GROUPED, torch.float64, device)
-    options = taken({"bias": randn(*shape, seed=6).to(q), "softcap": 2.0, "window": 20})
+    options = {"bias": randn(*shape, seed=6).to(q), "softcap": 2.0, "window": 20}
     uppers = randn(2, 4, 65, 16, seed=9).to(q), randn(2, 4, 65, seed=10).to(q)
     mine = gradients(with_lse, q, k, v, options, *uppers)[3]
     assert mine.shape == shape
@@ -144,7 +138,7 @@ def test_gradient_of_a_broadcast_bias(shape, programs, device, in_kernels, monke
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_gradient_through_log_sum_exp(name, device, in_kernels):
     q, k, v = heads(GROUPED, torch.float64, device)
-    options = taken(call(name, GROUPED, torch.float64, device))
+    options = call(name, GROUPED, torch.float64, device)
     uppers = randn(2, 4, 65, 16, seed=9).to(q), randn(2, 4, 65, seed=10).to(q)
 
     assert_close(gradients(with_lse, q, k, v, options, *uppers), gradients(truth, q, k, v, options, *uppers))
@@ -159,7 +153,7 @@ def test_queries_that_see_nothing_are_zero(device, in_kernels):
     mask[[0, 17, 39]] = False
     bias = torch.zeros(2, 1, 40, 1, device=device)
     bias[0, :, 20] = -torch.inf
-    options = taken({"key_padding_mask": padding, "mask": mask, "bias": bias, "softcap": 5.0})
+    options = {"key_padding_mask": padding, "mask": mask, "bias": bias, "softcap": 5.0}
     blind = torch.zeros(2, 40, dtype=torch.bool, device=device)
     blind[1] = blind[0, [0, 17, 20, 39]] = True
     blind = blind[:, None].expand(2, 2, 40)
@@ -193,7 +187,7 @@ def test_padded_keys_are_not_read_into_the_result(device, in_kernels):
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_runs_repeat_bit_by_bit(name, device, in_kernels):
     q, k, v = heads(GROUPED, torch.float32, device)
-    options = taken(call(name, GROUPED, torch.float32, device))
+    options = call(name, GROUPED, torch.float32, device)
     upper = randn(2, 4, 65, 16, seed=9).to(q)
     first, again = ([ours(q, k, v, **options), *gradients(ours, q, k, v, options, upper)] for _ in range(2))
     for a, b in zip(first, again, strict=True):

@@ -36,7 +36,7 @@ def rotary(head, variant):
 
 @pytest.mark.parametrize("variant", ["halves", "neighbours", "some"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("softcap", "all")])
+@pytest.mark.parametrize("name", CALLS)
 def test_bits_are_those_of_turning_before(name, shape, variant, in_compiled, turned_as_read):
     for wide in (torch.float32, torch.float64):
         options = call(name, shape, wide)

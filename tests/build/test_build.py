@@ -165,7 +165,50 @@ def test_the_library_needs_only_the_stable_abi():
     torch_own = outside - compiler_own
     assert not [name for name in torch_own if not re.match(r"(aoti_)?torch_\w+$", name)]
     assert not [name for name in names if re.search(r"3c10|2at|N5torch", name) and names[name] in "Uw"]
-    assert names.get("aoti_torch_get_current_cuda_stream", "w") == "w"
+    assert "aoti_torch_get_current_cuda_stream" not in names
+
+
+STREAM = """
+#include "common/stream.h"
+extern "C" const char* found(long* stream) {
+  static std::string message;
+  try {
+    *stream = long(nnfast::cuda::current_stream(5));
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+"""
+STREAM_OF_TORCH = """
+extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
+  *stream = (void*)(1000l + device);
+  return 0;
+}
+"""
+USE_STREAM = """
+import ctypes, sys
+loaded = [ctypes.CDLL(path) for path in sys.argv[1:]]  # as Python loads: for itself
+stream = ctypes.c_long()
+loaded[-1].found.restype = ctypes.c_char_p
+message = loaded[-1].found(ctypes.byref(stream)).decode()
+print(message or stream.value)
+"""
+
+
+def test_the_current_stream_is_found_in_torchs_library(tmp_path):
+    """Which is loaded for torch alone, under its name, or not there."""
+    needs(toolchain.find_compiler)
+    for name, source in (("ours.so", STREAM), ("libtorch_cuda.so", STREAM_OF_TORCH)):
+        (tmp_path / "some.cpp").write_text(source)
+        flags = ["-std=c++20", "-shared", "-fPIC", "-I", ROOT / "csrc", f"-Wl,-soname,{name}"]
+        files = ["-o", tmp_path / name, tmp_path / "some.cpp", "-ldl"]
+        run(toolchain.get_cxx_compiler(), *flags, *files)
+    ours, torchs = tmp_path / "ours.so", tmp_path / "libtorch_cuda.so"
+    done = run(sys.executable, "-c", USE_STREAM, torchs, ours)
+    assert done.stdout == "1005\n", done.stderr
+    done = run(sys.executable, "-c", USE_STREAM, ours)
+    assert "is not in libtorch_cuda.so" in done.stdout
 
 
 def test_without_nvcc(tmp_path):
