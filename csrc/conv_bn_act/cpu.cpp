@@ -667,9 +667,9 @@ struct Backward : Gradients<T, residual> {
   template <class Math, class V, class Open>
   NNFAST_INLINE void apply(const V* in, const V* column, Open open, V* out, V*, V&) const {
     const V dz = this->template dz<Math>(in, column, open);
-    out[0] = column[1] * dz + (column[first] * (in[1] - column[0]) + column[first + 1]);
+    out[0] = input_gradient(column[1], dz, column[first], in[1] - column[0], column[first + 1]);
     if constexpr (residual)
-      out[1] = column[4] * dz + (column[first + 2] * (in[2] - column[3]) + column[first + 3]);
+      out[1] = input_gradient(column[4], dz, column[first + 2], in[2] - column[3], column[first + 3]);
   }
 };
 

@@ -220,16 +220,16 @@ __global__ void __launch_bounds__(threads, 4)
     for (int e = 0; e < width; ++e) {
       const int i = first + e * step;
       dz[e] = incoming.dz(problem, mask, table, i, e, x.element[e], residual.element[e]);
-      result.element[e] =
-          S::store(table[1][i] * dz[e] + (table[5][i] * (S::load(x.element[e]) - table[0][i]) + table[6][i]));
+      result.element[e] = S::store(
+          input_gradient(table[1][i], dz[e], table[5][i], S::load(x.element[e]) - table[0][i], table[6][i]));
     }
     store<T, width>(dx, at, result);
     if (!dresidual) continue;
     NNFAST_UNROLL
     for (int e = 0; e < width; ++e) {
       const int i = first + e * step;
-      result.element[e] = S::store(
-          table[4][i] * dz[e] + (table[7][i] * (S::load(residual.element[e]) - table[3][i]) + table[8][i]));
+      result.element[e] = S::store(input_gradient(table[4][i], dz[e], table[7][i],
+                                                  S::load(residual.element[e]) - table[3][i], table[8][i]));
     }
     store<T, width>(dresidual, at, result);
   }

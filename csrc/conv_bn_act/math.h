@@ -57,4 +57,10 @@ struct Gradient {
   }
 };
 
+// The same where x is centred. Where statistics are given x has no part in it, be it infinite.
+template <class V>
+NNFAST_INLINE V input_gradient(V scale, V dz, V slope, V centred, V offset) {
+  return scale * dz + ((slope == 0 ? V{} : slope * centred) + offset);
+}
+
 }  // namespace nnfast

@@ -524,7 +524,7 @@ def _is_bare(
     key_padding_mask: Any,
     bias: Any,
     _is_causal: bool,
-    _scale: float | None,
+    scale: float | None,
     dropout_p: float,
     window: Any,
     alibi_slopes: Any,
@@ -532,13 +532,14 @@ def _is_bare(
     _seed: Any,
     return_lse: bool,
 ) -> bool:
-    """Whether of all that `attention` takes there is only what every kernel serves."""
+    """Whether of all that `attention` takes there is only what every kernel, torch's too, serves."""
     return (
         mask is None
         and bias is None
         and key_padding_mask is None
         and window is None
         and alibi_slopes is None
+        and (scale is None or scale > 0)
         and not (dropout_p or softcap or return_lse)
     )
 

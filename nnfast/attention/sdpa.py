@@ -28,6 +28,7 @@ def expresses(q: Tensor, terms: Terms, return_lse: bool) -> bool:
         terms.dropout_p
         or terms.alibi_slopes is not None
         or terms.softcap
+        or terms.scale <= 0  # flash kernels hide keys before they scale: -inf would change its sign
         or max(terms.left, terms.right) >= 0
     ):
         return False

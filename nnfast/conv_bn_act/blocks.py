@@ -413,7 +413,7 @@ def chain(
     elif residual is x:
         residual = entered
     y = run(units[-1], y, residual, (projection, entered) if projection else None, via=pair)
-    return _leave(y) if via else y
+    return _leave(y) if via and not y.is_contiguous() else y
 
 
 Links = tuple[Any, list[links.Link], links.Link | None]
@@ -886,8 +886,8 @@ def _pays_channels_last(units: Sequence[Unit], x: Tensor) -> bool:
             return False
         assert isinstance(conv, nn.Conv2d)
         weight = conv.weight
-        if not weight.is_contiguous() or len(conv.stride) != 2:  # in channels_last so is torch's result
-            return False
+        if fold.channels_last(weight) or not weight.is_contiguous() or len(conv.stride) != 2:
+            return False  # in channels_last so is torch's result
         stride = max(stride, *conv.stride)
         weights.append(weight)
         strided = conv.kernel_size == (1, 1) and max(conv.stride) > 1

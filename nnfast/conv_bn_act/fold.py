@@ -360,13 +360,11 @@ def _by_torch(
         return _run_cudnn(found, conv, padding, x, residual)
     own = conv._parameters["weight"]
     assert own is not None
-    channels_last = _channels_last(x) or _channels_last(own)
-    if channels_last or own.numel() >= x.numel():
-        weight = found.reorder(conv, padding, x.shape)  # takes and gives channels_last
-    else:
-        weight = found.weight
+    innermost = channels_last(x) or channels_last(own)
+    reordered = innermost or own.numel() >= x.numel()  # that takes and gives channels_last
+    weight = found.reorder(conv, padding, x.shape) if reordered else found.weight
     y = _run_onednn(found.bias, weight, conv, padding, x, residual, act, negative_slope)
-    if channels_last:
+    if innermost:
         return _one_format(y)
     return y.contiguous() if y.stride(1) != 1 else y.flatten().view(y.shape)
 
@@ -376,7 +374,7 @@ def _one_format(y: Tensor) -> Tensor:
     return y.flatten().view(y.shape) if y.stride(1) == 1 and y.is_contiguous() else y
 
 
-def _channels_last(x: Tensor) -> bool:
+def channels_last(x: Tensor) -> bool:
     """torch takes x for channels_last: of a shape with ones it may be both, or neither."""
     contiguous, last = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
     if contiguous != last:

@@ -217,14 +217,13 @@ def enter_running(
         if each.running_mean is not None and each.running_var is not None:
             mean, var = unbiased[2 * i : 2 * i + 2]
             offset = _wide(each.offset, dtype)
-            running = (each.running_mean, each.running_var)
+            # uncounted, as torch's: its batch norm keeps them for backward
+            running = (each.running_mean.data, each.running_var.data)
             written = [t.contiguous() for t in running]
             kernels.update_(*written, mean, var, offset, correction, each.momentum)
             for given, new in zip(running, written, strict=True):
                 if new is not given:
                     given.copy_(new)
-            if not is_compiling():
-                torch.autograd.graph.increment_version(running)
     return moments
 
 
@@ -549,7 +548,7 @@ def _aten_norm(x: Tensor, norm: Norm) -> Tensor:
     if norm.offset is not None and norm.running_mean is not None:
         running_mean = norm.running_mean.clone()  # torch keeps it for backward, so it must not change again
         y = _aten_norm(x, norm._replace(running_mean=running_mean, offset=None))
-        norm.running_mean.copy_(running_mean + norm.momentum * norm.offset.detach())
+        norm.running_mean.data.copy_(running_mean + norm.momentum * norm.offset.detach())
         return y
     if norm.group is not None:
         from torch.nn.modules._functions import SyncBatchNorm
@@ -564,7 +563,7 @@ def _aten_norm(x: Tensor, norm: Norm) -> Tensor:
 _ATEN_ACTS: tuple[Callable[[Tensor, float, bool], Tensor], ...] = (
     lambda z, slope, inplace: z,
     lambda z, slope, inplace: F.relu(z, inplace),
-    lambda z, slope, inplace: F.leaky_relu(z, slope, inplace and slope >= 0),
+    lambda z, slope, inplace: F.leaky_relu(z, slope, inplace and slope >= 0 and not z.requires_grad),
     lambda z, slope, inplace: activation.activate(activation.SILU, z, False),  # which has kernels of its own
     lambda z, slope, inplace: activation.activate(activation.MISH, z, False),
 )

@@ -172,7 +172,15 @@ def _drops(parts: list[Line | Alone], output: Any) -> tuple[tuple[int, ...], ...
 def _needs(part: Line | Alone) -> set[int]:
     if isinstance(part, Alone):
         return {ref.place for ref in _refs_in((part.step.args, part.step.kwargs))}
-    return {part.source, *(each.source for each in part.line if isinstance(each, Plus))}
+    return {part.source, *_added(part.line)}
+
+
+def _added(line: tuple[Any, ...]) -> Iterator[int]:
+    """What the sums of a line add, those of their own lines included."""
+    for each in line:
+        if isinstance(each, Plus):
+            yield each.source
+            yield from _added(each.line)
 
 
 # At call time
@@ -271,9 +279,7 @@ def execute(plan: Plan, module: nn.Module, x: Any) -> Any:
             result = _call(part.step, module, values)
         else:
             line = flatten(items(part.line, module, parts, values), parts)
-            last = part.source in drops and not any(
-                part.source == s.source for s in part.line if type(s) is Plus
-            )
+            last = part.source in drops and part.source not in _added(part.line)
             start = values.pop(part.source) if last else values[part.source]
             if len(plan.parts) == 1 and part.source == 0 and plan.output == Ref(part.result):
                 result = noted(module, start, partial(expected_calls, line), partial(run, line, start))

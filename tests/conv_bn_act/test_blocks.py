@@ -438,6 +438,26 @@ def test_conv_bn_act(act, training):
     assert_close(bn.running_var, block.bn.running_var)
 
 
+@pytest.mark.parametrize(("channels", "pixels"), [(8, 3), (1, 9)])
+def test_a_result_of_both_formats_may_be_written_to(channels, pixels):
+    """Of one pixel, or of one channel: contiguous and channels_last at once."""
+    block = nnfast.ConvBNAct(16, channels, 3, stride=2, act="identity").eval()
+    x = torch.randn(2, 16, pixels, pixels, requires_grad=True)
+    torchs = block.bn(block.conv(x))
+    found = [torch.autograd.grad(y.mul_(2).sum(), x)[0] for y in (block(x), torchs)]
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_weights_in_channels_last(stride, training):
+    """Which are contiguous too: the result is laid out as torch's."""
+    block = nnfast.ConvBNAct(16, 16, 3, stride=stride, padding=1, groups=16).train(training)
+    block = block.to(memory_format=CHANNELS_LAST)
+    x = image()[:, :1].repeat(1, 16, 1, 1).contiguous().requires_grad_()
+    assert block(x).stride() == torch.relu(block.bn(block.conv(x))).stride()
+
+
 def test_one_value_per_channel_leaves_statistics():
     block = nnfast.ConvBNAct(8, 8, 1)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):

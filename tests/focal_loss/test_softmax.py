@@ -188,6 +188,19 @@ def test_probabilities_and_smoothing(name):
     assert any("label_smoothing is 0.2" in r for r in reasons)
 
 
+@pytest.mark.parametrize("gap", [5.0, 8.0, 16.0])
+def test_smoothing_with_a_steep_power(gap):
+    """Of gamma below 1, where p_t is almost 1: 1 - p_t keeps its digits."""
+    x = torch.tensor([[gap, 0.0, 0.3, -0.2]], requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    target = torch.tensor([0])
+    ce = F.cross_entropy(exact, target)
+    smoothed = F.cross_entropy(exact, target, label_smoothing=0.1)
+    (truth,) = torch.autograd.grad((-torch.expm1(-ce)) ** 0.5 * smoothed, exact)
+    (grad,) = torch.autograd.grad(focal(x, target, gamma=0.5, label_smoothing=0.1), x)
+    assert_close(grad.double(), truth, rtol=1e-5, atol=1e-6 * float(truth.abs().max()))
+
+
 def test_all_ignored(forced):
     x = torch.randn(3, 4)
     targets = torch.full((3,), -100)

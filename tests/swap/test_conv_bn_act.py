@@ -64,6 +64,22 @@ class ByMethod(Residual):
         return self.relu(self.shortcut(x).add(self.branch(x)))
 
 
+class Skips(nn.Module):
+    """Sums inside a branch that is added."""
+
+    def __init__(self, width):
+        super().__init__()
+        for i in range(3):
+            self.add_module(f"conv{i}", nn.Conv2d(width, width, 3, padding=1))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        y = self.bn0(self.conv0(x))
+        a = self.bn1(self.conv1(y))
+        b = self.bn2(self.conv2(y))
+        return b + x + a
+
+
 class Conv(nn.Module):
     """YOLO's."""
 
@@ -147,6 +163,7 @@ MODELS = {
     "spellings, projections": lambda: nn.Sequential(
         *(k(3, 3, 2) for k in (Functional, ShortcutFirst, ByMethod))
     ),
+    "skips": lambda: Skips(3),
     "yolo": yolo,
     "tv resnet18": lambda: tv("resnet18"),
     "tv resnet50": lambda: tv("resnet50"),
