@@ -157,7 +157,10 @@ def noted(
     pairs = [part[:2] for part in expected if type(part) is tuple]
     if any(fold.unplain(*pair) for pair in pairs):
         return run()
-    tensors = [t for pair in pairs for t in fold.sources(*pair)]
+    given = [fold.sources(*pair) for pair in pairs]
+    if None in given:
+        return run()
+    tensors = [t for each in given if each is not None for t in each]
     if any(t is not None and t.is_inference() for t in tensors):  # which have no version
         return run()
     snapshot = Snapshot(tensors)  # first: what changes meanwhile is seen later

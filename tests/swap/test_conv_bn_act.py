@@ -408,7 +408,18 @@ def test_hooks_on_everything():
     assert {model.conv1, model.bn1, model.conv2, model.bn2, model.relu} <= {*log}
 
 
+def plain_attribute(module, name):
+    """A tensor computed elsewhere in place of a parameter or buffer, as hypernetworks and MAML set it."""
+    value = getattr(module, name).detach().double() * 2
+    delattr(module, name)
+    setattr(module, name, value.requires_grad_(name in ("weight", "bias")) * 1)
+
+
 CHANGES = {
+    "a plain weight": lambda m: plain_attribute(m.conv1, "weight"),
+    "a plain bias": lambda m: plain_attribute(m.conv1, "bias"),
+    "a plain gamma": lambda m: plain_attribute(m.bn2, "weight"),
+    "a plain mean": lambda m: plain_attribute(m.bn1, "running_mean"),
     "another norm": lambda m: setattr(m, "bn1", nn.GroupNorm(1, 3)),
     "no norm": lambda m: setattr(m, "bn2", nn.Identity()),
     "another activation": lambda m: setattr(m, "relu", nn.Tanh()),
