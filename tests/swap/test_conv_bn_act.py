@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations, prune
 
 import nnfast
@@ -400,12 +401,33 @@ def test_in_place_after_a_batch_norm_in_training(act, watched):
     torch.testing.assert_close(seen, [found[0] for found in results] if watched else [])
 
 
-def test_hooks_on_everything():
-    model, x = residual()
+EVERYTHING = {
+    "forward pre": (hooks.register_module_forward_pre_hook, lambda log: lambda m, args: log.append(m)),
+    "forward": (hooks.register_module_forward_hook, lambda log: lambda m, args, out: log.append(m)),
+    "backward": (
+        hooks.register_module_full_backward_hook,
+        lambda log: lambda m, into, out: log.append(m),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EVERYTHING)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Mish])
+@pytest.mark.parametrize("block", [False, True])
+def test_hooks_on_everything(act, train, kind, block):
+    if block:
+        model, x = residual(ByMethod)
+        model.relu = act()
+    else:
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act()), torch.randn(2, 3, 6, 6)
+        nnfast.swap(model)
+    model.train(train)
     log = []
-    with torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: log.append(m)):
-        model(x)
-    assert {model.conv1, model.bn1, model.conv2, model.bn2, model.relu} <= {*log}
+    register, hook = EVERYTHING[kind]
+    with register(hook(log)):
+        model(x.requires_grad_()).sum().backward()
+    assert {*model.modules()} <= {*log}
 
 
 def plain_attribute(module, name):
