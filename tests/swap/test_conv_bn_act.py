@@ -490,6 +490,42 @@ def test_another_answer_means_the_own_forward():
         torch.testing.assert_close(model.eval()(x), CSP.forward(model, x))
 
 
+def doubled(self, x):
+    return 2 * self.bn1(self.conv1(x))
+
+
+def bare(self, x):
+    return self.relu(self.bn2(self.conv2(x)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forward_replaced_on_the_class(nested, train, grad, fused):
+    class Block(Residual):
+        forward = bare
+
+    torch.manual_seed(0)
+    block, x = Block(3, 3), torch.randn(2, 3, 6, 6)
+    tail = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)] if nested else []
+    model = nn.Sequential(block, *tail).train(train) if nested else block.train(train)
+    twin = copy.deepcopy(model)
+    nnfast.swap(model)
+    models = [model]
+    with torch.set_grad_enabled(grad):
+        for forward in (bare, doubled, bare):
+            Block.forward = forward
+            for _ in range(3):
+                expected = twin.train(train)(x)
+                for each in models:
+                    torch.testing.assert_close(each(x), expected, rtol=1e-4, atol=1e-5)
+            models += [copy.deepcopy(model), copy.deepcopy(twin)]
+            nnfast.swap(models[-1])
+        fused.clear()
+        block.eval()(torch.randn(2, 3, 9, 9))
+    assert fused == [block.conv2]
+
+
 def test_a_sum_written_into_a_tensor_that_others_see():
     class IntoInput(Residual):
         def forward(self, x):
