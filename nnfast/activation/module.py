@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .op import MISH, SILU, activate, small_first
@@ -31,7 +32,12 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 @small_first(SILU)
 def swish(input: Tensor, inplace: bool = False) -> Tensor:
-    """Swish with beta = 1: the same function as `silu`."""
+    """Swish with beta = 1: `silu`, that takes integers and booleans too where it is not in place.
+
+    They give the default dtype, as they do in input * sigmoid(input).
+    """
+    if not inplace and isinstance(input, Tensor) and not (input.is_floating_point() or input.is_complex()):
+        input = input.to(torch.get_default_dtype())
     return activate(SILU, input, inplace)
 
 
@@ -77,11 +83,15 @@ class SiLU(nn.SiLU):
 
 
 class Swish(SiLU):
-    """Swish with beta = 1, by its first name: `SiLU`. Input and output: any shape.
+    """Swish with beta = 1, input * sigmoid(input): `SiLU`, of integers too. Input and output: any shape.
 
     Args:
         inplace: overwrite the input.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `nnfast.functional.swish`."""
+        return swish(input, self.inplace)
 
 
 class Mish(nn.Mish):

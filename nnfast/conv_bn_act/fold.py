@@ -42,6 +42,7 @@ class Folded:
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module) -> None:
         given = sources(conv, bn)
+        assert given is not None
         self.snapshot = Snapshot(given)  # first: what changes meanwhile is seen later
         self.eps: float = bn.eps  # type: ignore[assignment]
         self.geometry = _geometry(conv)
@@ -69,8 +70,10 @@ class Folded:
 
     def holds(self, conv: nn.Conv2d, bn: nn.Module) -> bool:
         """Nothing that went into it has changed."""
-        same = self.eps == bn.eps and self.geometry == _geometry(conv)
-        return same and self.snapshot.holds(sources(conv, bn))
+        if self.eps != bn.eps or self.geometry != _geometry(conv):
+            return False
+        given = sources(conv, bn)
+        return given is not None and self.snapshot.holds(given)
 
     def reorder(self, conv: nn.Conv2d, padding: Any, shape: torch.Size) -> Tensor:
         """The weight in oneDNN's own order for inputs of a shape, the first time it is asked for."""
@@ -114,18 +117,21 @@ def forget(conv: nn.Module, bn: nn.Module) -> None:
         of_conv.pop(bn, None)
 
 
-def sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...]:
-    """The tensors that go into a folded convolution."""
+def sources(conv: nn.Module, bn: nn.Module) -> tuple[Source, ...] | None:
+    """The tensors that go into a folded convolution; None if one is no parameter or buffer."""
     own, norm, running = conv._parameters, bn._parameters, bn._buffers
-    return (
-        own["weight"],
-        own["bias"],
-        norm["weight"],
-        norm["bias"],
-        running["running_mean"],
-        running["running_var"],
-        running["num_batches_tracked"],  # torch's batch norm moves no version counter of running statistics
-    )
+    try:  # costs nothing, where `in` would at every call
+        return (
+            own["weight"],
+            own["bias"],
+            norm["weight"],
+            norm["bias"],
+            running["running_mean"],
+            running["running_var"],
+            running["num_batches_tracked"],  # torch's batch norm moves no version counter of its statistics
+        )
+    except KeyError:  # a plain attribute: of a hypernetwork, MAML or nn.DataParallel
+        return None
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -185,6 +191,8 @@ def folding_why_not(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor 
         return reasons
     assert isinstance(conv, nn.Conv2d)
     given = sources(conv, bn)
+    if given is None:
+        return ["a weight, bias or running statistic is no parameter or buffer"]
     weight, mean, var = given[0], given[4], given[5]
     if bn.training or mean is None or var is None:
         reasons.append("bn normalises with the statistics of the batch")

@@ -52,7 +52,7 @@ class _Step(NamedTuple):
 class Replay:
     """The calls, and what has to stay as it was."""
 
-    __slots__ = ("hooks", "modules", "snapshot", "sources", "steps", "uses")
+    __slots__ = ("forwards", "hooks", "modules", "snapshot", "sources", "steps", "uses")
 
     def __init__(self, module: nn.Module, snapshot: Snapshot, steps: list[_Step]) -> None:
         self.snapshot, self.steps = snapshot, steps
@@ -60,6 +60,8 @@ class Replay:
         self.modules = []  # but the module itself, which would be kept alive
         self.hooks: list[Any] = []
         self.sources = []
+        written = {getattr(type(each), "swapped_from", nn.Sequential) for each in module.modules()}
+        self.forwards = [(cls, cls.forward) for cls in written - {nn.Sequential}]  # which users may replace
         for each in module.modules():
             state, children = vars(each), each._modules
             known = (state, tuple(state.values()), children, tuple(children.values()))
@@ -80,6 +82,9 @@ class Replay:
                 return False
         for tensors, ids, _ in self.sources:  # which are held, so that no other has their id
             if tuple(map(id, tensors.values())) != ids:
+                return False
+        for cls, forward in self.forwards:
+            if cls.forward is not forward:
                 return False
         return not any(self.hooks) and self.snapshot.unchanged()
 
@@ -157,7 +162,10 @@ def noted(
     pairs = [part[:2] for part in expected if type(part) is tuple]
     if any(fold.unplain(*pair) for pair in pairs):
         return run()
-    tensors = [t for pair in pairs for t in fold.sources(*pair)]
+    given = [fold.sources(*pair) for pair in pairs]
+    if None in given:
+        return run()
+    tensors = [t for each in given if each is not None for t in each]
     if any(t is not None and t.is_inference() for t in tensors):  # which have no version
         return run()
     snapshot = Snapshot(tensors)  # first: what changes meanwhile is seen later

@@ -245,7 +245,9 @@ def in_turn(module: nn.Module, x: Any) -> Any:
     unseen = False
     for child in module._modules.values():
         act = _OUT_OF_PLACE.get(type(child)) if unseen else None
-        x = child(x) if act is None or not plain(child) else act(x)  # type: ignore[misc, arg-type]
+        if act and (not plain(child) or torch_module._has_any_global_hook()):  # type: ignore[arg-type]
+            act = None
+        x = act(x) if act else child(x)  # type: ignore[misc]
         unseen = is_norm(child)
     return x
 

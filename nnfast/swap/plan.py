@@ -66,18 +66,25 @@ class Plan:
         drops: for each part the values that nobody needs after it.
         output: what is returned.
         answers: what the module's attributes have to say for this to hold.
+        forward: the function that was read; None in a pickle, which could not name it.
     """
 
     parts: tuple[Line | Alone, ...]
     drops: tuple[tuple[int, ...], ...]
     output: Any
     answers: tuple[tuple[str, Any], ...]
+    forward: Callable[..., Any] | None
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
 
-    def holds(self, module: nn.Module) -> bool:
-        """The module still is what was read."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "forward": None}
+
+    def holds(self, module: Any) -> bool:
+        """The module still is what was read, and so is its class's own forward."""
+        if module.swapped_from.forward is not self.forward:
+            return False
         return all(answer(module, name) == expected for name, expected in self.answers)
 
     @property
@@ -112,7 +119,8 @@ def plan(program: Program) -> Plan:
                 parts[-1] = Line(last.source, (*last.line, plus), result)
         else:
             parts.append(Alone(step, result))
-    return Plan(tuple(parts), _drops(parts, program.output), program.output, tuple(program.answers.items()))
+    drops, answers = _drops(parts, program.output), tuple(program.answers.items())
+    return Plan(tuple(parts), drops, program.output, answers, program.forward)
 
 
 def _refs_in(value: Any) -> Iterator[Ref]:
@@ -192,27 +200,34 @@ class FusedForward(Swapped):
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
         """`forward`, with the signature of the base class's."""
-        forward: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
+        written: Any = base  # whose forward may be another one by the time of a call
 
-        @wraps(forward)
+        @wraps(written.forward)
         def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
             if len(args) == 1 and not kwargs:
                 plan: Plan = self.__dict__["_nnfast_plan"]
                 if (known := again(self, args[0], plan.holds)) is not None:
                     return known
                 if small(self, args[0]):
-                    return as_written(self, forward, args[0])
+                    return as_written(self, written.forward, args[0])
                 if eager(args[0]) and plan.holds(self):
                     return execute(plan, self, args[0])
-            return forward(self, *args, **kwargs)
+            return written.forward(self, *args, **kwargs)
 
         return {"forward": fused}
+
+    def __setstate__(self, state: Any) -> None:
+        """A plan from a pickle is taken to be of the forward that the class has now."""
+        super().__setstate__(state)  # type: ignore[misc]
+        plan = self.__dict__["_nnfast_plan"]
+        if plan.forward is None:
+            object.__setattr__(plan, "forward", self.swapped_from.forward)  # type: ignore[attr-defined]
 
     def items(self) -> list[Any]:
         """Of the part that takes the input."""
         plan: Plan = self.__dict__["_nnfast_plan"]
         first = plan.parts[0]
-        if not isinstance(first, Line) or first.source != 0 or not plan.holds(self):  # type: ignore[arg-type]
+        if not isinstance(first, Line) or first.source != 0 or not plan.holds(self):
             return []
         unknown = dict.fromkeys(range(len(plan.parts) + 1))
         return flatten(items(first.line, self, parts, unknown), parts)  # type: ignore[arg-type]

@@ -45,6 +45,7 @@ class Program:
     steps: tuple[Step, ...]
     output: Any
     answers: dict[str, Any]
+    forward: FunctionType
 
 
 class UnreadableError(Exception):
@@ -69,7 +70,7 @@ def read(module: nn.Module) -> Program:
         reader.refused.append(str(error) if isinstance(error, UnreadableError) else f"it raises {error!r}")
     if reader.refused:
         raise UnreadableError(reader.refused[0])
-    return Program(tuple(reader.steps), output, reader.answers)
+    return Program(tuple(reader.steps), output, reader.answers, forward)
 
 
 def answer(module: nn.Module, name: str) -> Any:

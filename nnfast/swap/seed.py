@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..activation import reference
-from ..activation.module import Mish, Swish
+from ..activation.module import Mish, SiLU, Swish
 from .rule import Proposal, instance_reasons, new_class, public_name
 
 FORMULAS = {
     "mul(sigmoid(x), x)": (Swish, reference.silu),
-    "silu(x)": (Swish, reference.silu),
+    "silu(x)": (SiLU, reference.silu),  # which takes no integers either
     "mul(tanh(softplus(x)), x)": (Mish, reference.mish),
     "mish(x)": (Mish, reference.mish),
 }

@@ -11,14 +11,13 @@ import builtins
 import math
 import re
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..focal_loss import reference
-from ..focal_loss.module import RowsFocalLoss
+from ..focal_loss import op, reference
 from .rule import Proposal, instance_reasons, public_name
 from .seed import obstacles
 
@@ -39,30 +38,50 @@ def modules(module: nn.Module) -> list[Proposal]:
         reason = f"forward is not exactly alpha * (1 - exp(-cross_entropy)) ** gamma * cross_entropy: {found}"
         return [Proposal(public_name(cls), reasons=(reason, *obstacles(module)))]
     reasons = obstacles(module) + instance_reasons(module)
-    alpha, gamma, reduction = found
-    wanted = {
-        "alpha": alpha,
-        "gamma": gamma,
-        "reduction": reduction,
-        "weight": None,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-    }
-    reasons += [
-        f"it has an attribute {name}, which its forward does not read"
-        for name, value in wanted.items()
-        if name in vars(module) and vars(module)[name] != value
-    ]
-    if not reasons and (difference := _difference(module, alpha, gamma, reduction)):
+    if not reasons and (difference := _difference(module, found)):
         reasons.append(difference)
     if reasons:
         return [Proposal(public_name(cls), reasons=tuple(reasons))]
-    changes = {name: value for name, value in wanted.items() if name not in vars(module)}
-    return [Proposal(public_name(cls), public_name(RowsFocalLoss), {"__class__": RowsFocalLoss, **changes})]
+    changes = {"__class__": RowsFocalLoss, "_nnfast_formula": found}
+    return [Proposal(public_name(cls), public_name(RowsFocalLoss), changes)]
 
 
-def _read(module: nn.Module) -> tuple[float, float, str] | str:
-    """Alpha, gamma and reduction of a module's forward, or what stands in the way."""
+class Formula(NamedTuple):
+    """A user's class, and of its forward the attributes for alpha ("" for 1) and gamma, and the reduction."""
+
+    written: type
+    alpha: str
+    gamma: str
+    reduction: str
+
+
+class RowsFocalLoss(nn.Module):
+    """A user's focal loss, with the attributes that its class gave it.
+
+    Its mean counts ignored targets too, as rows of loss 0. Where an attribute is no number any more, or gamma
+    negative, the class's own forward runs.
+    """
+
+    nnfast_op = "softmax_focal_loss"
+    _nnfast_formula: Formula
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See `nnfast.functional.softmax_focal_loss`."""
+        written, alpha_name, gamma_name, reduction = self._nnfast_formula
+        alpha = getattr(self, alpha_name, None) if alpha_name else 1
+        gamma = getattr(self, gamma_name, None)
+        if not (_is_number(alpha) and _is_number(gamma) and 0 <= gamma < math.inf):
+            return written.forward(self, inputs, targets)  # type: ignore[attr-defined,no-any-return]
+        loss = op.softmax_focal_loss(inputs, targets, alpha, gamma, None, -100, 0.0, "none")
+        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float)
+
+
+def _read(module: nn.Module) -> Formula | str:
+    """The formula of a module's forward, or what stands in the way."""
     forward: Any = vars(type(module)).get("forward")
     if not isinstance(forward, FunctionType):
         return "the class has no forward of its own"
@@ -71,7 +90,7 @@ def _read(module: nn.Module) -> tuple[float, float, str] | str:
         return "it is decorated or a closure"
     if code.co_argcount != 3 or code.co_kwonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
         return "it does not take inputs and targets alone"
-    numbers = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+    numbers = {name: value for name, value in vars(module).items() if _is_number(value)}
     if foreign := _foreign_names(code, forward.__globals__, numbers):
         return f"it uses {', '.join(foreign)}"
     try:
@@ -98,7 +117,7 @@ def _read(module: nn.Module) -> tuple[float, float, str] | str:
         return f"it is {result}"
     if not (math.isfinite(numbers[gamma]) and numbers[gamma] >= 0):
         return f"its {gamma} is {numbers[gamma]}"
-    return (numbers[alphas[0]] if alphas else 1), numbers[gamma], reduction
+    return Formula(type(module), alphas[0] if alphas else "", gamma, reduction)
 
 
 _FUNCTIONS = {torch.exp: "exp", torch.pow: "pow", torch.mul: "mul", torch.neg: "neg", torch.mean: "mean"}
@@ -195,8 +214,10 @@ class _Symbol:
         return result
 
 
-def _difference(module: nn.Module, alpha: float, gamma: float, reduction: str) -> str:
+def _difference(module: nn.Module, formula: Formula) -> str:
     """Run forward on a few numbers: "" if it gives the formula's."""
+    alpha, gamma = vars(module).get(formula.alpha, 1), vars(module)[formula.gamma]
+    reduction = formula.reduction
     try:
         with torch.no_grad():
             x = torch.linspace(-3, 4, 20, dtype=torch.float64, device="cpu").reshape(4, 5)

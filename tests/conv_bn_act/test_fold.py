@@ -387,7 +387,24 @@ def _own_forward(block):
     block.bn.forward = lambda x: forward(x) * 2
 
 
+def _plain(child, name):
+    """A tensor computed elsewhere in place of a parameter or buffer, as hypernetworks and MAML set it."""
+
+    def change(block):
+        module = getattr(block, child)
+        value = getattr(module, name).detach() * 2
+        delattr(module, name)
+        setattr(module, name, value)
+
+    return change, "a weight, bias or running statistic is no parameter or buffer"
+
+
 REFUSALS = {
+    "a plain weight": _plain("conv", "weight"),
+    "a plain bias": _plain("conv", "bias"),
+    "a plain gamma": _plain("bn", "weight"),
+    "a plain mean": _plain("bn", "running_mean"),
+    "no count of batches": (lambda b: delattr(b.bn, "num_batches_tracked"), _plain("bn", "bias")[1]),
     "a hook of conv": (
         lambda b: b.conv.register_forward_hook(lambda module, args, y: y * 2),
         "conv has hooks, which a fused call would skip",
@@ -430,6 +447,22 @@ def test_what_is_not_folded_is_called_as_it_is(name, block, x):
     with torch.no_grad():
         assert reason in nnfast.explain(block, x).reasons["folded"]
         assert_close(block(x), as_written(block, x))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["conv.weight", "conv.bias", "bn.weight", "bn.bias"])
+def test_a_plain_attribute_gets_its_gradient(name, train, block, x):
+    block.train(train)
+    child, attribute = name.split(".")
+    module = getattr(block, child)
+    source = getattr(module, attribute).detach().clone().requires_grad_()
+    delattr(module, attribute)
+    setattr(module, attribute, source * 2)
+    twin = copy.deepcopy(block.requires_grad_(False).state_dict())
+    (gradient,) = torch.autograd.grad(block(x).square().sum(), source, retain_graph=True)
+    block.load_state_dict(twin)
+    (expected,) = torch.autograd.grad(as_written(block, x).square().sum(), source)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_global_hooks(block, x):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations, prune
 
 import nnfast
@@ -417,15 +418,47 @@ def test_in_place_after_a_batch_norm_in_training(act, watched):
     torch.testing.assert_close(seen, [found[0] for found in results] if watched else [])
 
 
-def test_hooks_on_everything():
-    model, x = residual()
+EVERYTHING = {
+    "forward pre": (hooks.register_module_forward_pre_hook, lambda log: lambda m, args: log.append(m)),
+    "forward": (hooks.register_module_forward_hook, lambda log: lambda m, args, out: log.append(m)),
+    "backward": (
+        hooks.register_module_full_backward_hook,
+        lambda log: lambda m, into, out: log.append(m),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EVERYTHING)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Mish])
+@pytest.mark.parametrize("block", [False, True])
+def test_hooks_on_everything(act, train, kind, block):
+    if block:
+        model, x = residual(ByMethod)
+        model.relu = act()
+    else:
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act()), torch.randn(2, 3, 6, 6)
+        nnfast.swap(model)
+    model.train(train)
     log = []
-    with torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: log.append(m)):
-        model(x)
-    assert {model.conv1, model.bn1, model.conv2, model.bn2, model.relu} <= {*log}
+    register, hook = EVERYTHING[kind]
+    with register(hook(log)):
+        model(x.requires_grad_()).sum().backward()
+    assert {*model.modules()} <= {*log}
+
+
+def plain_attribute(module, name):
+    """A tensor computed elsewhere in place of a parameter or buffer, as hypernetworks and MAML set it."""
+    value = getattr(module, name).detach().double() * 2
+    delattr(module, name)
+    setattr(module, name, value.requires_grad_(name in ("weight", "bias")) * 1)
 
 
 CHANGES = {
+    "a plain weight": lambda m: plain_attribute(m.conv1, "weight"),
+    "a plain bias": lambda m: plain_attribute(m.conv1, "bias"),
+    "a plain gamma": lambda m: plain_attribute(m.bn2, "weight"),
+    "a plain mean": lambda m: plain_attribute(m.bn1, "running_mean"),
     "another norm": lambda m: setattr(m, "bn1", nn.GroupNorm(1, 3)),
     "no norm": lambda m: setattr(m, "bn2", nn.Identity()),
     "another activation": lambda m: setattr(m, "relu", nn.Tanh()),
@@ -472,6 +505,42 @@ def test_another_answer_means_the_own_forward():
     for name, value in (("use", False), ("act", torch.tanh), ("many", nn.ModuleList([nn.Tanh()]))):
         setattr(model, name, value) if name != "act" else setattr(model, name, lambda y, slope: torch.tanh(y))
         torch.testing.assert_close(model.eval()(x), CSP.forward(model, x))
+
+
+def doubled(self, x):
+    return 2 * self.bn1(self.conv1(x))
+
+
+def bare(self, x):
+    return self.relu(self.bn2(self.conv2(x)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forward_replaced_on_the_class(nested, train, grad, fused):
+    class Block(Residual):
+        forward = bare
+
+    torch.manual_seed(0)
+    block, x = Block(3, 3), torch.randn(2, 3, 6, 6)
+    tail = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)] if nested else []
+    model = nn.Sequential(block, *tail).train(train) if nested else block.train(train)
+    twin = copy.deepcopy(model)
+    nnfast.swap(model)
+    models = [model]
+    with torch.set_grad_enabled(grad):
+        for forward in (bare, doubled, bare):
+            Block.forward = forward
+            for _ in range(3):
+                expected = twin.train(train)(x)
+                for each in models:
+                    torch.testing.assert_close(each(x), expected, rtol=1e-4, atol=1e-5)
+            models += [copy.deepcopy(model), copy.deepcopy(twin)]
+            nnfast.swap(models[-1])
+        fused.clear()
+        block.eval()(torch.randn(2, 3, 9, 9))
+    assert fused == [block.conv2]
 
 
 def test_a_sum_written_into_a_tensor_that_others_see():

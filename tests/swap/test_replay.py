@@ -149,6 +149,17 @@ def _through_data(name: str) -> Callable[[nn.Module], None]:
     return lambda module: getattr(module, name).data.mul_(1.5)  # moves no version counter
 
 
+def _plain(name: str) -> Callable[[nn.Module], None]:
+    """A tensor computed elsewhere in place of a parameter or buffer."""
+
+    def change(module: nn.Module) -> None:
+        value = getattr(module, name).detach() * 1.5
+        delattr(module, name)
+        setattr(module, name, value)
+
+    return change
+
+
 CHANGES: dict[str, tuple[type, Callable[[nn.Module], Any]]] = {
     "weight in place": (nn.Conv2d, _in_place("weight")),
     "weight through data": (nn.Conv2d, _through_data("weight")),
@@ -176,6 +187,11 @@ CHANGES: dict[str, tuple[type, Callable[[nn.Module], Any]]] = {
     "a tensor attribute": (nn.Conv2d, _set("note", torch.ones(3))),
     "another array": (nn.BatchNorm2d, lambda m: setattr(m, "note", m.note + 1)),
     "frozen": (nn.Conv2d, lambda m: m.requires_grad_(False)),
+    "a plain weight": (nn.Conv2d, _plain("weight")),
+    "a plain bias": (nn.Conv2d, _plain("bias")),
+    "a plain gamma": (nn.BatchNorm2d, _plain("weight")),
+    "a plain mean": (nn.BatchNorm2d, _plain("running_mean")),
+    "no count of batches": (nn.BatchNorm2d, lambda m: delattr(m, "num_batches_tracked")),
 }
 
 

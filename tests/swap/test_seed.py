@@ -34,9 +34,11 @@ SWISH = [
     lambda self, x: x * F.sigmoid(x),
     lambda self, x: x * torch.nn.functional.sigmoid(x),
     lambda self, input: input * sigmoid(input),
+    staticmethod(lambda x: x * torch.sigmoid(x)),
+]
+SILU = [
     lambda self, x: F.silu(x),
     lambda self, x: nn.functional.silu(x, inplace=False),
-    staticmethod(lambda x: x * torch.sigmoid(x)),
 ]
 MISH = [
     lambda self, x: x * torch.tanh(F.softplus(x)),
@@ -55,17 +57,35 @@ def in_two_steps(self, x):
     return x * gate
 
 
-@pytest.mark.parametrize("forward", [*SWISH, in_two_steps, *MISH])
+@pytest.mark.parametrize("forward", [*SWISH, in_two_steps, *SILU, *MISH])
 def test_spellings(forward):
     act = module(forward)
     x = torch.randn(9, dtype=torch.float64, requires_grad=True)
     expected = act(x)
     (gradient,) = torch.autograd.grad(expected.sum(), x)
     (entry,) = nnfast.swap(act).replaced
-    assert entry.new == ("nnfast.Mish" if forward in MISH else "nnfast.Swish")
-    assert isinstance(act, nnfast.Mish if forward in MISH else nnfast.Swish)
+    kind = nnfast.Mish if forward in MISH else nnfast.SiLU if forward in SILU else nnfast.Swish
+    assert entry.new == f"nnfast.{kind.__name__}"
+    assert type(act) is kind
     torch.testing.assert_close(act(x), expected)
     torch.testing.assert_close(torch.autograd.grad(act(x).sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize("forward", [*SWISH, *SILU, *MISH])
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
+def test_integers_and_booleans(forward, kind):
+    """Products give floats; torch's own functions, and softplus, take none."""
+    written, act = module(forward), module(forward)
+    assert nnfast.swap(act).replaced
+    for x in (torch.arange(6), torch.arange(6)[:3:2], torch.arange(6).expand(50_000, 6), torch.tensor([])):
+        x = x.to(kind)
+        if forward in SWISH:
+            torch.testing.assert_close(act(x), written(x))
+            torch.testing.assert_close(torch.compile(act, backend="eager")(x), written(x))
+        elif x.numel():
+            for each in (written, act):
+                with pytest.raises(NotImplementedError):
+                    each(x)
 
 
 def two_inputs(self, x, y=None):
