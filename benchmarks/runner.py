@@ -130,8 +130,7 @@ def machine(device: str) -> dict[str, str]:
     found = {"device": _cpu_name(), "driver": "", "threads": str(torch.get_num_threads())}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        found = {"device": torch.cuda.get_device_name(), "driver": driver, "threads": ""}
+        found = {"device": torch.cuda.get_device_name(), "driver": _said(query), "threads": ""}
     try:
         from triton import __version__ as triton_version
     except ImportError:
@@ -170,10 +169,17 @@ def digest(family: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, + if it is changed; of a copy without git, what NNFAST_COMMIT says."""
+    """What NNFAST_COMMIT says, of a copy without git; else the checkout's commit, + if it is changed."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return os.environ.get("NNFAST_COMMIT") or done.stdout.strip()
+    return os.environ.get("NNFAST_COMMIT") or _said(command)
+
+
+def _said(command: list[str]) -> str:
+    """What a command prints; "" if there is no such program."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 @dataclass

@@ -188,6 +188,8 @@ def by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
 def test_rotary(shape, direction, device, quick, benchmark, record):
+    if quick and shape != ROTARY_SHAPES[0]:
+        pytest.skip("not in --quick")
     torch._dynamo.reset()
     torch.manual_seed(0)
     training = direction != "forward"
@@ -243,6 +245,8 @@ def test_rotary(shape, direction, device, quick, benchmark, record):
 @pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
 def test_rotary_and_attention(shape, device, quick, benchmark, record):
     """Queries and keys turned as attention reads them; "apart", before it; "attention" turns nothing."""
+    if quick and shape != ROTARY_SHAPES[0]:
+        pytest.skip("not in --quick")
     torch.manual_seed(0)
     rope = nnfast.RotaryEmbedding(shape[3], max_length=shape[2]).to(device)
     tables = [torch.cat((t, t), -1).to(DTYPE) for t in rope.table]

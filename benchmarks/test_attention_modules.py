@@ -25,6 +25,8 @@ SIZES = (
     [(8, 128), (4, 512), (2, 2048)] if not CUDA else [(64, 128), (32, 512), (16, 1024), (8, 2048), (2, 8192)]
 )
 
+QUICK = (16, 1024) if CUDA else SIZES[0]
+
 SELF = {
     "forward": {(8, 128): 1.4, (4, 512): 2.0, (2, 2048): 2.5},
     "forward+backward": {(8, 128): 1.1, (4, 512): 1.4, (2, 2048): 2.0},
@@ -96,6 +98,8 @@ def measure(
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_self_attention(size, direction, device, quick, benchmark, record):
+    if quick and size != QUICK:
+        pytest.skip("not in --quick")
     torch._dynamo.reset()
     training = direction != "forward"
     torch.manual_seed(0)
@@ -139,6 +143,8 @@ def test_self_attention(size, direction, device, quick, benchmark, record):
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("size", SIZES if CUDA else [*SIZES, (16, 512)], ids=str)
 def test_multihead(size, direction, batch_first, device, quick, benchmark, record):
+    if quick and not (size == QUICK and batch_first):
+        pytest.skip("not in --quick")
     training = direction != "forward"
     torch.manual_seed(0)
     theirs, ours = (
@@ -187,6 +193,8 @@ FEED_FORWARD = 2048
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_encoder_layer(size, padded, device, quick, benchmark, record):
     """Key padding leaves a quarter of the keys out."""
+    if quick and not (size == QUICK and padded):
+        pytest.skip("not in --quick")
     torch.manual_seed(0)
     theirs = nn.TransformerEncoderLayer(EMBED, HEADS, FEED_FORWARD, batch_first=True).to(device, DTYPE).eval()
     ours = copy.deepcopy(theirs)

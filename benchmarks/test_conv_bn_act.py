@@ -1,4 +1,7 @@
-"""Residual blocks, ConvBNAct and batch norm + residual + relu against the seed's formulation and torch."""
+"""Residual blocks, ConvBNAct and batch norm + residual + relu against the seed's formulation and torch.
+
+Of batch norm on CUDA also our kernels where they are not what serves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nnfast
-from benchmarks.runner import Result, compare, rotation
+from benchmarks.runner import Result, compare, forced, rotation
+from nnfast.core.op import OPS
 from tests.conv_bn_act.test_blocks import SeedBlock
 
 CUDA = torch.cuda.is_available()
@@ -91,6 +95,8 @@ def contenders(
 @pytest.mark.parametrize("shape", [*BLOCKS, "ConvBNAct"], ids=str)
 def test_blocks(shape, direction, layout, device, quick, benchmark, record):
     training = direction != "forward"
+    if quick and (shape, layout) != (BLOCKS[0], "channels_last"):
+        pytest.skip("not in --quick")
     torch._dynamo.reset()
     torch.manual_seed(0)
     if shape == "ConvBNAct":
@@ -153,6 +159,10 @@ def _present(promised: dict[str, float], seconds: dict[str, float]) -> dict[str,
     return {name: least for name, least in promised.items() if name in seconds}
 
 
+NORMS = [(64, 56), (128, 28), (256, 14), (512, 7)]
+"""Channels and pixels of a side."""
+
+
 def _seed_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> Tensor:
@@ -165,8 +175,10 @@ def _our_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, mean: T
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", [(64, 56), (128, 28), (256, 14), (512, 7)], ids=str)
+@pytest.mark.parametrize("shape", NORMS, ids=str)
 def test_batch_norm_act(shape, direction, layout, device, quick, benchmark, record):
+    if quick and (shape, layout) != (NORMS[0], "channels_last"):
+        pytest.skip("not in --quick")
     torch._dynamo.reset()
     grad, (channels, size) = direction != "forward", shape
 
@@ -191,6 +203,12 @@ def test_batch_norm_act(shape, direction, layout, device, quick, benchmark, reco
         "compile": both(torch.compile(_seed_norm, fullgraph=True)),
     }
     inputs = (image(), image(), image().detach())
+    given = OPS["batch_norm_act"].arguments(inputs[0], *running, *parameters, True, residual=inputs[1])
+    explanation = OPS["batch_norm_act"].explain(*given)
+    for backend in OPS["batch_norm_act"].backends:
+        ours = backend.name in ("cuda", "triton") and backend.name != explanation.backend
+        if CUDA and ours and not backend.why_not(*given):
+            functions[backend.name] = both(forced(_our_norm, backend.name))
     truth = functions["seed"](inputs)
     for run in functions.values():
         assert_close(run(inputs), truth, rtol=2e-2, atol=2e-2 if DTYPE.itemsize == 2 else 1e-2)
@@ -207,7 +225,7 @@ def test_batch_norm_act(shape, direction, layout, device, quick, benchmark, reco
             direction=direction,
             dtype=str(DTYPE).removeprefix("torch."),
             numel=inputs[0].numel(),
-            backend="",
+            backend=explanation.backend or "",
             seconds=seconds,
             bytes=moved,
             flops=inputs[0].numel() * (20 if grad else 8),

@@ -116,7 +116,7 @@ def _peak(run: Callable[[Tensor], Tensor], x: Tensor) -> int:
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, training, device, quick, benchmark, record):
-    if quick and not (CUDA and name == "ResNet-50"):
+    if quick:
         pytest.skip("not in --quick")
     torch.manual_seed(0)
     make, inputs = MODELS[name]

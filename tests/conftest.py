@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -17,77 +16,31 @@ if not torch.cuda.is_available():
 
 import nnfast
 from nnfast.core.op import OPS, triton_why_not
+from tests import interpreter
 from tests.emulation.emulated import CSRC, emulated_backend, has_compiler
 from tests.ops import DTYPES, TABLE, Case
 
 _T = TypeVar("_T")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+ON_LAST_DEVICE = [pytest.mark.gpu] * (DEVICES[-1] == "cuda")
+"""Marks of a file that runs on the last of the devices alone."""
 
 
 def pytest_configure() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1" and not triton_why_not("cpu"):
-        _round_in_interpreter()
-        _multiply_in_interpreter()
-        _patch_language_once()
+    if not triton_why_not("cpu"):
+        interpreter.mend()
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions; errors are those of float32
 
 
-def _round_in_interpreter() -> None:
-    """Triton's interpreter truncates float32 to bfloat16 where hardware rounds: round there too."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if source == tl.float32 and target == tl.bfloat16:
-            values = torch.from_numpy(data.view("float32").copy())
-            return values.to(torch.bfloat16).view(torch.uint16).numpy()
-        return convert(data, source, target, mode)
-
-    interpreter._convert_float = rounded
-
-
-def _multiply_in_interpreter() -> None:
-    """Triton's interpreter multiplies the bits of bfloat16 matrices as integers: widen them."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        values = (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(values, tl.float32)
-
-    def multiplied(self, a, b, *args):
-        return multiply(self, widened(a), widened(b), *args)
-
-    interpreter.InterpreterBuilder.create_dot = multiplied
-
-
-def _patch_language_once() -> None:
-    """The interpreter walks triton.language at every call of a function, most of its time: once is enough.
-
-    It stays patched, as nothing is compiled in this process; what compiles ahead of time has its own.
-    """
-    from triton.runtime import interpreter
-
-    patch = functools.cache(interpreter._patch_lang)
-
-    def patched(function):
-        patch(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patched
-
-
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "cuda" in [p.device if isinstance(p, Run) else p for p in parameters if isinstance(p, (Run, str))]:
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -122,13 +75,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def runs(case: Case, device: str) -> list[Run]:
-    """What can be forced for an operation on a device; on the cpu the emulated CUDA kernels too."""
+    """What can be forced for an operation on a device; on the cpu the emulated CUDA kernels too.
+
+    What fails is no refusal: it stays, so that its tests fail rather than the collection.
+    """
     found = []
     for backend in OPS[case.name].backends:
         try:
             Run(backend.name, device)(case.ours, case.example(torch.float32, device))
         except nnfast.BackendError:
             continue
+        except Exception as error:
+            warnings.warn(f"{case.label}-{backend.name}-{device}: {error!r}", stacklevel=1)
         found.append(Run(backend.name, device))
     emulated = device == "cpu" and (CSRC / case.family / "cuda.cu").exists() and has_compiler()
     return found + [Run("cuda", "cpu", emulated=True)] * emulated
@@ -145,8 +103,8 @@ class Run:
 
     @property
     def slow(self) -> bool:
-        """Whether Python or the emulation steps through the kernels: a program takes them milliseconds."""
-        return self.emulated or (self.backend == "triton" and self.device == "cpu")
+        """Whether Python or the emulation steps through the kernels, or each new shape of one is compiled."""
+        return self.emulated or self.backend == "triton"
 
     def share(self, combinations: Iterable[_T], turn: int, turns: int) -> list[_T]:
         """All of what a test loops over; where slow, this turn's part: turns together have everything once.

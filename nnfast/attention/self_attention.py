@@ -187,7 +187,7 @@ def _fold(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, kept: b
 
 def _weights(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor) -> _Weights:
     names = ("values", "keys", "queries", "fc_out")
-    sources: tuple[Any, ...] = tuple(m._modules[name]._parameters["weight"] for name in names)  # type: ignore[union-attr]
+    sources: tuple[Any, ...] = tuple(m._modules[name].weight for name in names)  # type: ignore[union-attr]
     grad = torch.is_grad_enabled() and any(w.requires_grad for w in sources)
     kept = not (
         m.training

@@ -192,24 +192,6 @@ def _loss_repr(loss: FocalLoss | LinearFocalLoss, weight: Tensor | None, name: s
     return ", ".join(parts)
 
 
-class RowsFocalLoss(FocalLoss):
-    """`FocalLoss` whose mean counts ignored targets too, as rows of loss 0: what user-written losses do."""
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """See `nnfast.functional.softmax_focal_loss`."""
-        loss = op.softmax_focal_loss(
-            inputs,
-            targets,
-            self.alpha,
-            self.gamma,
-            self.weight,
-            self.ignore_index,
-            self.label_smoothing,
-            "none",
-        )
-        return loss if self.reduction == "none" else loss.mean() if self.reduction == "mean" else loss.sum()
-
-
 class SigmoidFocalLoss(nn.Module):
     """Binary focal loss of every logit. Arguments: `sigmoid_focal_loss`'s. Inputs and targets: one shape."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import mpmath
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tests.ops import DTYPES
+
+mpmath = pytest.importorskip("mpmath")
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 pytestmark = pytest.mark.only("activation")
 
@@ -39,8 +40,8 @@ def layout(x: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
 
 
-@settings(max_examples=60, deadline=None)
-@given(x=tensors(), data=st.data())
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(x=tensors(), data=st.data())
 def test_any_view(case, run, x, data):
     x = x.to(run.device)
     expected = case.torchs(x)

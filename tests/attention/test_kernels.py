@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import nnfast
 from nnfast.attention import kernels, op
+from nnfast.core.op import triton_why_not
 from nnfast.core.tuning import AttentionConfig
 from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, torchs, truth
 from tests.attention.test_attention import assert_as_exact, error, options_in
@@ -26,6 +27,8 @@ ONE_KEY = Shape(1, 2, 1, 33, 1, 1, 3)
 @pytest.fixture
 def in_triton(monkeypatch, device):
     """Calls run there, in tiles of a given size and with or without the copy engine's descriptors."""
+    if missing := triton_why_not(device):
+        pytest.skip(missing)
 
     def configure(config: AttentionConfig = SQUARE, arch: str = "sm_80") -> None:
         monkeypatch.setattr(kernels, "attention_config", lambda *_: config)

@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import report, runner
+from benchmarks import gpu_check, report, runner, sanitize
+from nnfast.core import extension
+from tests.ops import TABLE
 
 ROOT = Path(runner.ROOT)
 FACTS = {
@@ -115,9 +119,78 @@ def test_markers_keep_the_rest():
     assert report.write_markers(made, "gpu", "x").count("new") == 1
 
 
+def test_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("NNFAST_COMMIT", raising=False)
+    assert runner.commit() == gpu_check.described() == ""
+    monkeypatch.setenv("NNFAST_COMMIT", "abc")
+    assert runner.commit() == "abc"
+
+
+def test_a_wrong_result_is_named_and_the_rest_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sanitize, "OURS", ("reference",))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    last, seen, close = len(sanitize.jobs("cpu", quick=True)) - 1, [], sanitize.close
+    assert sanitize.work(last, quick=True) == (6, 0)
+
+    def off(result: torch.Tensor, truth: torch.Tensor) -> None:
+        seen.append(truth)
+        close(result + (len(seen) == 1), truth)
+
+    monkeypatch.setattr(sanitize, "close", off)
+    assert sanitize.work(last, quick=True) == (6, 1)
+    assert capsys.readouterr().out.count("FAILED rotary-neighbours reference [13, 24] torch.bfloat16") == 1
+
+
+def test_a_job_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    served = extension.why_not("silu", "CPU") == ""
+    count, failed = sanitize.apart(len(sanitize.jobs("cpu", True)) - 1, quick=True)
+    assert (count > 0, failed) == (served, 0)
+    assert sanitize.apart(1000, quick=True) == (0, 1)
+
+
+def test_a_step_over_its_budget_stops_no_other(tmp_path):
+    """It is ended with all that it started; what passed is not done again."""
+    python, end = sys.executable, time.monotonic() + 60
+    groups = [
+        {
+            "slow": gpu_check.Step(["sh", "-c", "echo began; (sleep 2; touch late) & wait"], 0.5),
+            "failing": gpu_check.Step([python, "-c", "raise SystemExit(3)"], 30),
+            "missing": gpu_check.Step(["no-such-program"], 30),
+        },
+        {"last": gpu_check.Step(["sh", "-c", "echo $SAID"], 30, {"SAID": "fine"})},
+    ]
+    found = gpu_check.run(groups, tmp_path, dict(os.environ), tmp_path, end)
+    assert {name: o.status for name, o in found.items()} == {
+        "slow": 124,
+        "failing": 3,
+        "missing": 127,
+        "last": 0,
+    }
+    assert (found["slow"].tail, found["last"].tail) == (["began"], ["fine"])
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()
+    again = gpu_check.run(groups, tmp_path, dict(os.environ), tmp_path, time.monotonic())
+    assert [o.status for o in again.values()] == [124, 124, 127, 0]
+    assert "| slow | OUT OF TIME |" in gpu_check.summary(found, tmp_path)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_steps_cover_the_table_and_the_families(quick, tmp_path):
+    *_, last = gpu_check.steps(tmp_path, tmp_path, quick, dry_run=False)
+    for case in TABLE:
+        rows, _ = gpu_check.FAMILIES[case.family]
+        assert any(word in case.label for word in rows.split(" or "))
+        assert (ROOT / "tests" / case.family).is_dir()
+        assert {f"tests-{case.family}", f"tests-table-{case.family}", "memcheck"} <= set(last)
+    assert ("tests-others" in last) != quick
+    assert all((ROOT / f"benchmarks/test_{name}.py").exists() for name in gpu_check.BENCHMARKS)
+
+
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory) -> Path:
-    """A dry run of gpu_check on a pure-Python wheel of this tree."""
+    """A dry run of gpu_check on a pure-Python wheel of this tree, and the checkout's library if any."""
     folder = tmp_path_factory.mktemp("gpu_check")
     env = {**os.environ, "NNFAST_EXTENSION": "0"}
     wheel = [
@@ -133,6 +206,11 @@ def checked(tmp_path_factory) -> Path:
     ]
     built = subprocess.run([*wheel, ROOT], env=env, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    library = ROOT / "nnfast/_C.so"
+    if library.exists():
+        (made,) = (folder / "wheels").glob("*.whl")
+        with zipfile.ZipFile(made, "a") as file:
+            file.write(library, "nnfast/_C.so")
     done = check(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -151,18 +229,22 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_gpu_check_goes_all_the_way_without_a_gpu(checked):
     outcomes = [json.loads(line) for line in (checked / "out/outcomes.jsonl").read_text().splitlines()]
-    assert [o["name"] for o in outcomes] == ["info", "tests", "kernels", "benchmarks"]
-    assert "all results right" in (checked / "out/kernels.log").read_text()
+    names = [o["name"] for o in outcomes]
+    assert {*names[:2]} == {"info", "launch"}
+    assert names[2:] == ["kernels", "benchmarks", "tests-table-activation"]
+    kernels = (checked / "out/kernels.log").read_text().splitlines()[-1]
+    assert kernels.endswith("runs of our kernels on cpu, all results right")
+    assert (int(kernels.split()[0]) > 100) == (ROOT / "nnfast/_C.so").exists()
     assert len(runner.load(checked / "out/results.jsonl")) >= 4
     summary = (checked / "out/summary.md").read_text()
-    assert summary.count("| passed |") == 4
+    assert summary.count("| passed |") == 5
     assert "| mish forward float32 1,024" in summary
 
 
 def test_gpu_check_does_nothing_twice(checked):
     again = check(checked)
     assert again.returncode == 0
-    assert again.stdout.count("done before") == 4
+    assert again.stdout.count("done before") == 5
 
 
 def test_gpu_check_needs_a_wheel(tmp_path):

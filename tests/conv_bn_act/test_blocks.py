@@ -96,8 +96,8 @@ def pair(request) -> tuple[nn.Module, nn.Module]:
 
 
 def image(layout=torch.contiguous_format, dtype=torch.float32, size: int = 30) -> torch.Tensor:
-    x = torch.randn(4, 8, size, size, generator=torch.Generator().manual_seed(2))
-    return x.to(dtype).contiguous(memory_format=layout)
+    x = torch.randn(4, 8, size, size, generator=torch.Generator().manual_seed(2), device="cpu")
+    return x.to(torch.get_default_device(), dtype).contiguous(memory_format=layout)
 
 
 def step(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -17,11 +17,24 @@ from nnfast.convolution import winograd
 from nnfast.convolution.op import CONV2D_ACT, with_statistics
 from nnfast.core import extension
 from nnfast.core.op import triton_why_not
+from tests.conftest import DEVICES, ON_LAST_DEVICE
 from tests.conv_bn_act.test_blocks import BLOCKS, CHANNELS_LAST, error, image, step
 
-pytestmark = pytest.mark.skipif(bool(triton_why_not("cpu")), reason="Triton's interpreter is off")
+HERE = DEVICES[-1]
+pytestmark = [
+    pytest.mark.skipif(bool(triton_why_not(HERE)), reason="no GPU, and Triton's interpreter is off"),
+    *ON_LAST_DEVICE,
+]
+OF_THE_CPU = pytest.mark.skipif(HERE != "cpu", reason="its words and its kernels are the CPU's")
 
 OURS = sorted(BLOCKS.keys() - {"ResNeXt", "dilated"})
+
+
+@pytest.fixture(autouse=True)
+def _place():
+    """On a GPU where there is one."""
+    with torch.device(HERE):
+        yield
 
 
 @pytest.fixture
@@ -79,7 +92,7 @@ def test_autocast(calls):
     x = image(CHANNELS_LAST, size=6)
     results = []
     for block in (theirs, ours):
-        with nnfast.backend("triton"), torch.autocast("cpu", torch.bfloat16):
+        with nnfast.backend("triton"), torch.autocast(HERE, torch.bfloat16):
             results.append(step(block, x))
     assert calls
     for a, b in zip(*results, strict=True):
@@ -262,6 +275,7 @@ def of_ours(block, x):
     return [r for r in reasons if ": cpu: " not in r], [y is not None for y in ran]
 
 
+@OF_THE_CPU
 def test_explain_tells_of_our_convolutions():
     """Never silent: it says whose the convolutions are, and why, as they then are."""
     block, x = nnfast.BasicBlock(8, 8), image(CHANNELS_LAST, size=6)
@@ -291,6 +305,7 @@ def test_explain_tells_of_our_convolutions():
         assert of_ours(block, x) == ([words], [])
 
 
+@OF_THE_CPU
 @pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "last"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from nnfast.conv_bn_act import op, reference
 from nnfast.core.op import OPS
-from tests.conftest import runs
+from tests.conftest import DEVICES, runs
 from tests.ops import TABLE
 
 CASE = next(case for case in TABLE if case.name == "batch_norm_act")
@@ -28,9 +28,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 IDENTITY, RELU, LEAKY_RELU, SILU, MISH = range(5)
 
 
-@pytest.fixture(params=[run for run in runs(CASE, "cpu") if run.backend != "aten"], ids=str)
+RUNS = [run for device in DEVICES for run in runs(CASE, device) if run.backend != "aten"]
+
+
+@pytest.fixture(params=RUNS, ids=str)
 def backend(request):
-    return request.param
+    with torch.device(request.param.device):
+        yield request.param
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from torch import nn
 from torch.testing import assert_close
 
 import nnfast
-from tests.conftest import runs
+from tests.conftest import DEVICES, runs
 from tests.ops import TABLE
 
 CASE = next(case for case in TABLE if case.name == "batch_norm_act")
 
 
-@pytest.fixture(params=runs(CASE, "cpu"), ids=str)
+@pytest.fixture(params=[run for device in DEVICES for run in runs(CASE, device)], ids=str)
 def backend(request):
     torch.manual_seed(0)
-    with request.param.forced():
+    with torch.device(request.param.device), request.param.forced():
         yield request.param
 
 
