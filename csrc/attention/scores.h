@@ -214,15 +214,24 @@ NNFAST_INLINE V decayed(V x) {
   return host::scale(x < lowest ? V{} : power.p, power.n);
 }
 
-// tanh(x) = -m / (m + 2) with m = e^(-2 |x|) - 1 = 2^n (e^r - 1) + (2^n - 1), to some units in the last
-// place.
+// tanh(x) to about one unit in the last place of float: 1 - 2 / (e^2x + 1), or below 0.625 Cephes'
+// polynomial; to some units of double: -m / (m + 2) with m = e^(-2 |x|) - 1 = 2^n (e^r - 1) + (2^n - 1).
 template <class V>
 NNFAST_INLINE V tanh(V x) {
-  using T = typename Lanes<V>::Element;
-  constexpr T lowest = sizeof(T) == 4 ? T(-20) : T(-40);  // where m is -1 to all digits
   const V positive = x < 0 ? -x : x;
-  const auto power = Precise::power(max(V{} + lowest, -2 * positive));
-  const V two_to_n = power.two_to_n(), m = two_to_n * power.over_one + (two_to_n - 1), t = -m / (m + 2);
+  V t;
+  if constexpr (sizeof(typename Lanes<V>::Element) == 4) {
+    const V z = x * x;
+    V p = V{} - 5.70498872745e-3f;
+    for (const float next : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+      p = p * z + next;
+    t = 1 - 2 / (Precise::exp<true>(min(V{} + 20, 2 * positive)) + 1);
+    t = positive < 0.625f ? p * z * positive + positive : t;
+  } else {
+    const auto power = Precise::power(max(V{} - 40, -2 * positive));
+    const V two_to_n = power.two_to_n(), m = two_to_n * power.over_one + (two_to_n - 1);
+    t = -m / (m + 2);
+  }
   return x < 0 ? -t : t;
 }
 

@@ -270,6 +270,8 @@ def _cpu_not_worth(q: Tensor, k: Tensor, _: Tensor, terms: Terms, *__: Any) -> l
     keys = k.shape[2]
     if terms.bias is not None and terms.bias.requires_grad and keys < tuning.ATTENTION_BIAS_KEYS:
         return [f"{keys} keys; of a bias torch's formula gives a more exact gradient for so few"]
+    if terms.softcap and terms.dropout_p:
+        return ["softcap with dropout, of which torch's formula gives more exact gradients"]
     scores = n * h * queries * keys
     if scores < tuning.ATTENTION_SCORES and terms.is_plain:
         return [f"{scores} scores; without masks measured to pay from {tuning.ATTENTION_SCORES} on"]

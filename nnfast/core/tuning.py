@@ -72,6 +72,7 @@ _WITH_AVX512 = {
     ("cpu", "inference", False): NormThreshold(wide=1 << 20, half=1 << 19, stretch=14 * 14, plain=False),
 }
 _WITHOUT = {
+    # at parity from there on, and the block keeps a quarter less memory
     ("cpu", "autograd", True): NormThreshold(wide=3 << 18, half=NEVER, stretch=1536, plain=False),
     ("cpu", "autograd", False): NormThreshold(wide=3 << 17, half=NEVER, stretch=14 * 14),
     ("cpu", "statistics", True): NormThreshold(wide=1 << 20, half=1 << 20, stretch=1536, plain=False),
