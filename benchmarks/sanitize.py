@@ -155,7 +155,6 @@ def jobs(device: str, quick: bool) -> list[Iterator[Run]]:
 def work(index: int, quick: bool) -> tuple[int, int]:
     """Do one of the jobs: how many runs, and how many of them failed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # float32 is compared as such
     if device == "cpu" and not triton_why_not(device):
         interpreter.mend()
     began, count, failed, name = time.monotonic(), 0, 0, ""
@@ -196,6 +195,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=0, help="share the jobs, and their compiling, out")
     parser.add_argument("--job", type=int, help="one of the jobs alone")
     arguments = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared as such
     if arguments.job is not None:
         count, failed = work(arguments.job, arguments.quick)
         print(f"{count} runs of our kernels")
