@@ -236,8 +236,12 @@ class FusedForward(Swapped):
 class FusedSequential(Swapped):
     """Runs its children one after another, and chains among them at once."""
 
+    written: Any = nn.Sequential.forward
+
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
+        if not as_read(self):
+            return super().forward(input)  # type: ignore[misc]
         if (known := again(self, input)) is not None:  # type: ignore[arg-type]
             return known
         if small(self, input):  # type: ignore[arg-type]
@@ -250,21 +254,32 @@ class FusedSequential(Swapped):
 
     def items(self) -> list[Any]:
         """Its children, and theirs."""
-        return flatten(self._modules.values(), parts)  # type: ignore[attr-defined]
+        return flatten(self._modules.values(), parts) if as_read(self) else []  # type: ignore[attr-defined]
 
 
 class FusedNorm(Swapped):
     """timm's BatchNormAct2d: batch norm, `drop` and `act`."""
 
+    @classmethod
+    def members(cls, base: Any) -> dict[str, Any]:
+        """The forward that it knows."""
+        return {"written": base.forward}
+
     def forward(self, x: Any) -> Any:
         """As the class's own."""
-        if not (eager(x) and plain(self)):  # type: ignore[arg-type]
+        if not (eager(x) and plain(self) and as_read(self)):  # type: ignore[arg-type]
             return super().forward(x)  # type: ignore[misc]
         return run(self.items(), x)
 
     def items(self) -> list[Any]:
         """Batch norm, `drop` and `act`."""
-        return flatten(norm_parts(self), parts)
+        return flatten(norm_parts(self), parts) if as_read(self) else []
+
+
+def as_read(module: Any) -> bool:
+    """Its class still has the forward that the swap knew."""
+    same: bool = module.swapped_from.forward is type(module).written
+    return same
 
 
 def norm_parts(module: Any) -> list[Any]:
@@ -279,8 +294,8 @@ def parts(module: nn.Module) -> list[Any] | None:
         line = plan.line
         return items(line, module, parts) if line and plan.holds(module) else None
     if isinstance(module, FusedNorm):
-        return norm_parts(module)
-    if type(module) is nn.Sequential or isinstance(module, FusedSequential):
+        return norm_parts(module) if as_read(module) else None
+    if type(module) is nn.Sequential or (isinstance(module, FusedSequential) and as_read(module)):
         return list(module._modules.values())
     return None
 

@@ -543,6 +543,42 @@ def test_a_forward_replaced_on_the_class(nested, train, grad, fused):
     assert fused == [block.conv2]
 
 
+class Sequence(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["a sequential", "timm's norm"])
+def test_a_forward_replaced_on_a_class_that_a_rule_knows(kind, nested, train, grad, monkeypatch):
+    torch.manual_seed(0)
+    if kind == "a sequential":
+        block = Sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    else:
+        block = pytest.importorskip("timm.layers").BatchNormAct2d(3)
+    cls, x = type(block), torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), block, nn.ReLU()) if nested else block
+    twin = copy.deepcopy(model)
+    nnfast.swap(model)
+
+    def agree():
+        for _ in range(3):
+            expected = twin.train(train)(x)
+            for each in models:
+                torch.testing.assert_close(each.train(train)(x), expected, rtol=1e-4, atol=1e-5)
+
+    with torch.set_grad_enabled(grad):
+        models = [model]
+        agree()
+        models = [model, copy.deepcopy(model)]
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "forward", lambda self, x: torch.tanh(x), raising=False)
+            agree()
+            assert nnfast.explain(block, x).backend is None
+        agree()
+
+
 def test_a_sum_written_into_a_tensor_that_others_see():
     class IntoInput(Residual):
         def forward(self, x):
