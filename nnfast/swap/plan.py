@@ -16,7 +16,7 @@ from .chain import (
     IDENTITY,
     Act,
     Add,
-    Swapped,
+    Fused,
     as_written,
     eager,
     expected_calls,
@@ -28,6 +28,7 @@ from .chain import (
     small,
 )
 from .read import Program, Ref, Step, answer, function
+from .rule import as_read
 
 _ADDS = {"operator.add", "operator.iadd", "torch.add", "Tensor.add", "Tensor.add_"}
 _IN_PLACE = {"operator.iadd", "Tensor.add_"}
@@ -194,7 +195,7 @@ def _added(line: tuple[Any, ...]) -> Iterator[int]:
 # At call time
 
 
-class FusedForward(Swapped):
+class FusedForward(Fused):
     """Runs the plan of its forward while that holds, and its own forward otherwise."""
 
     @classmethod
@@ -233,10 +234,8 @@ class FusedForward(Swapped):
         return flatten(items(first.line, self, parts, unknown), parts)  # type: ignore[arg-type]
 
 
-class FusedSequential(Swapped):
+class FusedSequential(Fused):
     """Runs its children one after another, and chains among them at once."""
-
-    written: Any = nn.Sequential.forward
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
@@ -257,13 +256,8 @@ class FusedSequential(Swapped):
         return flatten(self._modules.values(), parts) if as_read(self) else []  # type: ignore[attr-defined]
 
 
-class FusedNorm(Swapped):
+class FusedNorm(Fused):
     """timm's BatchNormAct2d: batch norm, `drop` and `act`."""
-
-    @classmethod
-    def members(cls, base: Any) -> dict[str, Any]:
-        """The forward that it knows."""
-        return {"written": base.forward}
 
     def forward(self, x: Any) -> Any:
         """As the class's own."""
@@ -274,12 +268,6 @@ class FusedNorm(Swapped):
     def items(self) -> list[Any]:
         """Batch norm, `drop` and `act`."""
         return flatten(norm_parts(self), parts) if as_read(self) else []
-
-
-def as_read(module: Any) -> bool:
-    """Its class still has the forward that the swap knew."""
-    same: bool = module.swapped_from.forward is type(module).written
-    return same
 
 
 def norm_parts(module: Any) -> list[Any]:
