@@ -547,16 +547,43 @@ class Sequence(nn.Sequential):
     pass
 
 
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+KNOWN = {
+    "a sequential": lambda: Sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+    "timm's norm": lambda: pytest.importorskip("timm.layers").BatchNormAct2d(3),
+    "an activation": Swish,
+}
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", ["a sequential", "timm's norm"])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_forward_set_on_an_instance_after_the_swap(kind, nested, train, grad):
+    block, x = KNOWN[kind](), torch.randn(2, 3, 6, 6)
+    first = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)] if nested else []
+    model = nn.Sequential(*first, block).train(train)
+    before = copy.deepcopy(model[: len(first)])
+    nnfast.swap(model)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            model(x)
+        block.forward = torch.tanh
+        for _ in range(3):
+            torch.testing.assert_close(model(x), torch.tanh(before(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["a sequential", "timm's norm"])  # an activation takes nnfast's class
 def test_a_forward_replaced_on_a_class_that_a_rule_knows(kind, nested, train, grad, monkeypatch):
     torch.manual_seed(0)
-    if kind == "a sequential":
-        block = Sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
-    else:
-        block = pytest.importorskip("timm.layers").BatchNormAct2d(3)
+    block = KNOWN[kind]()
     cls, x = type(block), torch.randn(2, 3, 6, 6)
     model = nn.Sequential(nn.Conv2d(3, 3, 1), block, nn.ReLU()) if nested else block
     twin = copy.deepcopy(model)
