@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -480,9 +481,14 @@ def _activate(unit: Unit, y: Tensor) -> Tensor:
     return result
 
 
+def _plain(module: nn.Module) -> bool:
+    """Calling it runs its class's forward, and nobody watches."""
+    return not (hooked(module) or torch_module._has_any_global_hook() or "forward" in vars(module))
+
+
 def _parts(shortcut: nn.Module) -> tuple[Unit, ...] | None:
     """The convolution and batch norm that a shortcut consists of; () if empty, None if it is neither."""
-    if type(shortcut) is not nn.Sequential or hooked(shortcut) or "forward" in vars(shortcut):
+    if type(shortcut) is not nn.Sequential or not _plain(shortcut):
         return None
     children = list(shortcut)
     if not children:
@@ -509,7 +515,7 @@ def _known(unit: Unit) -> tuple[str, float] | None:
     if isinstance(act, str):
         return act, unit.slope
     name = _ACTIVATIONS.get(type(act))
-    if name is None or hooked(act) or "forward" in vars(act):
+    if name is None or not _plain(act):
         return None
     return name, getattr(act, "negative_slope", 0.01)
 

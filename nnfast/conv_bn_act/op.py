@@ -545,19 +545,18 @@ def _with_offset(norm: Norm | None) -> Any:
 
 def _aten_norm(x: Tensor, norm: Norm) -> Tensor:
     norm = _with_offset(norm)
-    if norm.offset is not None and norm.running_mean is not None:
-        running_mean = norm.running_mean.clone()  # torch keeps it for backward, so it must not change again
-        y = _aten_norm(x, norm._replace(running_mean=running_mean, offset=None))
-        norm.running_mean.data.copy_(running_mean + norm.momentum * norm.offset.detach())
-        return y
-    if norm.group is not None:
+    statistics = (norm.running_mean, norm.running_var)
+    if norm.group is None:
+        y = F.batch_norm(x, *statistics, norm.weight, norm.bias, norm.batch, norm.momentum, norm.eps)
+    else:
         from torch.nn.modules._functions import SyncBatchNorm
 
         of_all = (norm.eps, norm.momentum, norm.group, dist.get_world_size(norm.group))
-        parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return SyncBatchNorm.apply(x, *parameters, *of_all)  # type: ignore[no-any-return]
-    statistics = (norm.running_mean, norm.running_var)
-    return F.batch_norm(x, *statistics, norm.weight, norm.bias, norm.batch, norm.momentum, norm.eps)
+        y = SyncBatchNorm.apply(x, norm.weight, norm.bias, *statistics, *of_all)
+    if norm.offset is not None and norm.running_mean is not None:
+        # uncounted: torch keeps it for backward
+        norm.running_mean.data.add_(norm.momentum * norm.offset.detach())
+    return y
 
 
 _ATEN_ACTS: tuple[Callable[[Tensor, float, bool], Tensor], ...] = (

@@ -134,25 +134,27 @@ def smoothed_focal_loss(
     where p_t = exp(sum_j y_j log p_j) and alpha = sum_j y_j alpha_j, so of classes the true one's. The sum is
     torch's cross entropy; the factor before it knows no smoothing and no weight.
     """
-    x, factor = wide(x), None
+    x = wide(x)
     # torch is faster and more exact over the last dimension
     log_p = x.squeeze(2).log_softmax(1).unsqueeze(2) if x.shape[2] == 1 else x.log_softmax(1)
     if target.is_floating_point():
         y, valid = target.to(x.dtype), None
         log_p_t = (y * log_p.masked_fill(y == 0, 0)).sum(1)  # 0 * log 0 is 0
+        factor = power(1 - torch.exp(log_p_t), gamma)
         of_row = None if alpha is None else (y * alpha.unsqueeze(-1)).sum(1)
     else:
         valid, index, true = _true_class(x, target, ignore_index)
         y = true.to(x.dtype)
-        log_p_t = log_p.gather(1, index).squeeze(1)
-        if 0 < gamma < 1:  # of which 1 - p_t needs all digits where it is almost 0
+        if 0 < gamma < 1:  # 1 - p_t needs all digits where it is almost 0
             factor = (gamma * F.logsigmoid(_log_odds(x, index, true))).exp()
+        else:
+            factor = power(1 - torch.exp(log_p.gather(1, index).squeeze(1)), gamma)
         of_row = None if alpha is None else alpha[index.squeeze(1)]
     labels = (1 - label_smoothing) * y + label_smoothing / x.shape[1]
     terms = labels * log_p.masked_fill(labels == 0, 0)
     if weight is not None:
         terms = terms * weight.unsqueeze(-1)
-    loss = (power(1 - torch.exp(log_p_t), gamma) if factor is None else factor) * -terms.sum(1)
+    loss = factor * -terms.sum(1)
     if of_row is not None:
         loss = loss * of_row
     return loss if valid is None else loss.where(valid, 0)

@@ -50,14 +50,14 @@ def swap(model: nn.Module) -> Report:
     Replaced are `nn.SiLU` and `nn.Mish`, timm's and transformers' own, user-written classes whose forward is
     exactly `x * torch.sigmoid(x)` or `x * torch.tanh(F.softplus(x))` in any spelling, and the functions
     `F.silu` and `F.mish` where a module holds them as attributes; user-written focal losses whose forward is
-    `alpha * (1 - exp(-ce)) ** gamma * ce` over `F.cross_entropy`; and the classification head of
-    torchvision's RetinaNet, whose loss then calls nnfast's. So are `nn.MultiheadAttention` anywhere, timm's
-    Attention, user-written classes that compute `nnfast.SelfAttention`, and the attn_implementation of
-    transformers' models where it is "sdpa". Modules stay the same objects with the same
-    attributes, hooks and state_dict; so a module that another model shares is swapped there too, just as
-    `.eval()` would reach it. Two things differ: called by keyword, an activation's argument is `input`, a
-    focal loss's are `inputs` and `targets`; and `torch.jit.script` cannot read nnfast's modules, so restore
-    before it.
+    `alpha * (1 - exp(-ce)) ** gamma * ce` over `F.cross_entropy`, which stay instances of their class; and
+    the classification head of torchvision's RetinaNet, whose loss then calls nnfast's. So are
+    `nn.MultiheadAttention` anywhere, timm's Attention, user-written classes that compute
+    `nnfast.SelfAttention`, and the attn_implementation of transformers' models where it is "sdpa". Modules
+    stay the same objects with the same attributes, hooks and state_dict; so a module that another model
+    shares is swapped there too, just as `.eval()` would reach it. Two things differ: called by keyword, an
+    activation's argument is `input`, a focal loss's are `inputs` and `targets`; and `torch.jit.script` cannot
+    read nnfast's modules, so restore before it.
 
     Args:
         model: any module, wrapped (DDP, torch.compile, FX) or not. It may be an activation itself.

@@ -6,7 +6,6 @@ given a forward of its own since the swap is called as itself.
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,6 +21,7 @@ from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
 from ..core.op import Explanation
 from ..core.operator import autocasts, traced, transformed
+from .rule import Swapped
 
 IDENTITY = ("identity", 0.0)
 ACTIVATIONS: dict[type, tuple[str, float]] = {
@@ -454,17 +454,10 @@ def normalised(
 # The classes of what was swapped
 
 
-class Swapped:
-    """Comes before a user's class in a class made by `subclass`."""
+class Fused(Swapped):
+    """What calls chains."""
 
     nnfast_op = "batch_norm_act"
-    mixin: type[Swapped]
-    swapped_from: type
-
-    @classmethod
-    def members(cls, base: type) -> dict[str, Any]:
-        """What the class needs beyond what it inherits."""
-        return {}
 
     def items(self) -> list[Any]:
         """What is called first, one after another; [] where that is not known."""
@@ -479,27 +472,3 @@ class Swapped:
         if units:
             return blocks.explain_units(units, x, x if added else None)
         return Explanation("conv_bn_act", None, {}, None, ": no convolution comes first; ask of its children")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Classes made at run time are found by no name; they are made again from the ones they stand for."""
-        reduced = super().__reduce_ex__(max(2, int(protocol)))
-        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced
-        return (_new, (self.mixin, self.swapped_from), *reduced[2:])
-
-
-def subclass(mixin: type[Swapped], cls: type) -> Any:
-    """The class `cls` with `mixin` before it, under the same name: isinstance and all methods stay."""
-    if (mixin, cls) not in _SUBCLASSES:
-        members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-        members.update(mixin.members(cls), mixin=mixin, swapped_from=cls)
-        _SUBCLASSES[mixin, cls] = type(cls.__name__, (mixin, cls), members)
-    return _SUBCLASSES[mixin, cls]
-
-
-_SUBCLASSES: dict[tuple[type, type], type] = {}
-
-
-def _new(mixin: type[Swapped], cls: type) -> Any:
-    made = subclass(mixin, cls)
-    return made.__new__(made)

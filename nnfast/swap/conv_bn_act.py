@@ -25,11 +25,10 @@ from .chain import (
     is_norm,
     match,
     plain,
-    subclass,
 )
 from .plan import FusedForward, FusedNorm, FusedSequential, Line, Plus, child, items, norm_parts, parts, plan
 from .read import Program, UnreadableError, read
-from .rule import Proposal, public_name
+from .rule import Proposal, public_name, subclass
 
 _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.modules)
 

@@ -16,7 +16,7 @@ from .chain import (
     IDENTITY,
     Act,
     Add,
-    Swapped,
+    Fused,
     as_written,
     eager,
     expected_calls,
@@ -28,6 +28,7 @@ from .chain import (
     small,
 )
 from .read import Program, Ref, Step, answer, function
+from .rule import as_read
 
 _ADDS = {"operator.add", "operator.iadd", "torch.add", "Tensor.add", "Tensor.add_"}
 _IN_PLACE = {"operator.iadd", "Tensor.add_"}
@@ -194,7 +195,7 @@ def _added(line: tuple[Any, ...]) -> Iterator[int]:
 # At call time
 
 
-class FusedForward(Swapped):
+class FusedForward(Fused):
     """Runs the plan of its forward while that holds, and its own forward otherwise."""
 
     @classmethod
@@ -233,11 +234,13 @@ class FusedForward(Swapped):
         return flatten(items(first.line, self, parts, unknown), parts)  # type: ignore[arg-type]
 
 
-class FusedSequential(Swapped):
+class FusedSequential(Fused):
     """Runs its children one after another, and chains among them at once."""
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
+        if not as_read(self):
+            return super().forward(input)  # type: ignore[misc]
         if (known := again(self, input)) is not None:  # type: ignore[arg-type]
             return known
         if small(self, input):  # type: ignore[arg-type]
@@ -250,21 +253,21 @@ class FusedSequential(Swapped):
 
     def items(self) -> list[Any]:
         """Its children, and theirs."""
-        return flatten(self._modules.values(), parts)  # type: ignore[attr-defined]
+        return flatten(self._modules.values(), parts) if as_read(self) else []  # type: ignore[attr-defined]
 
 
-class FusedNorm(Swapped):
+class FusedNorm(Fused):
     """timm's BatchNormAct2d: batch norm, `drop` and `act`."""
 
     def forward(self, x: Any) -> Any:
         """As the class's own."""
-        if not (eager(x) and plain(self)):  # type: ignore[arg-type]
+        if not (eager(x) and plain(self) and as_read(self)):  # type: ignore[arg-type]
             return super().forward(x)  # type: ignore[misc]
         return run(self.items(), x)
 
     def items(self) -> list[Any]:
         """Batch norm, `drop` and `act`."""
-        return flatten(norm_parts(self), parts)
+        return flatten(norm_parts(self), parts) if as_read(self) else []
 
 
 def norm_parts(module: Any) -> list[Any]:
@@ -279,8 +282,8 @@ def parts(module: nn.Module) -> list[Any] | None:
         line = plan.line
         return items(line, module, parts) if line and plan.holds(module) else None
     if isinstance(module, FusedNorm):
-        return norm_parts(module)
-    if type(module) is nn.Sequential or isinstance(module, FusedSequential):
+        return norm_parts(module) if as_read(module) else None
+    if type(module) is nn.Sequential or (isinstance(module, FusedSequential) and as_read(module)):
         return list(module._modules.values())
     return None
 

@@ -6,6 +6,7 @@ change, or why not. It never imports the library it knows: classes are known by 
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -86,3 +87,47 @@ def known(classes: Mapping[str, type[nn.Module]]) -> Rule:
         return new_class(module, new) if new else []
 
     return rule
+
+
+class Swapped:
+    """Comes before a user's class in a class made by `subclass`."""
+
+    nnfast_op: str
+    mixin: type[Swapped]
+    swapped_from: type
+    written: Any
+
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """What the class needs beyond what it inherits."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Classes made at run time are found by no name; they are made again from the ones they stand for."""
+        reduced = super().__reduce_ex__(max(2, int(protocol)))
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_new, (self.mixin, self.swapped_from), *reduced[2:])
+
+
+def as_read(module: Any) -> bool:
+    """The class of a swapped module still has the forward that the swap knew."""
+    same: bool = module.swapped_from.forward is type(module).written
+    return same
+
+
+def subclass(mixin: type[Swapped], cls: Any) -> Any:
+    """The class `cls` with `mixin` before it, under the same name: isinstance and all methods stay."""
+    if (mixin, cls) not in _SUBCLASSES:
+        members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members.update(mixin.members(cls), mixin=mixin, swapped_from=cls, written=cls.forward)
+        _SUBCLASSES[mixin, cls] = type(cls.__name__, (mixin, cls), members)
+    return _SUBCLASSES[mixin, cls]
+
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def _new(mixin: type[Swapped], cls: type) -> Any:
+    made = subclass(mixin, cls)
+    return made.__new__(made)

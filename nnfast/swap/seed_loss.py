@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..focal_loss import op, reference
-from .rule import Proposal, instance_reasons, public_name
+from .rule import Proposal, Swapped, as_read, instance_reasons, public_name, subclass
 from .seed import obstacles
 
 _LOOKS_ALIKE = re.compile(r"focal", re.IGNORECASE)
@@ -40,26 +40,28 @@ def modules(module: nn.Module) -> list[Proposal]:
     reasons = obstacles(module) + instance_reasons(module)
     if not reasons and (difference := _difference(module, found)):
         reasons.append(difference)
-    if reasons:
-        return [Proposal(public_name(cls), reasons=tuple(reasons))]
-    changes = {"__class__": RowsFocalLoss, "_nnfast_formula": found}
-    return [Proposal(public_name(cls), public_name(RowsFocalLoss), changes)]
+    if not reasons:
+        new = subclass(RowsFocalLoss, cls)
+        if new.written is cls.forward:
+            changes = {"__class__": new, "_nnfast_formula": found}
+            return [Proposal(public_name(cls), f"nnfast.functional.{new.nnfast_op}", changes)]
+        reasons.append("its class had another forward when a module of it was swapped")
+    return [Proposal(public_name(cls), reasons=tuple(reasons))]
 
 
 class Formula(NamedTuple):
-    """A user's class, and of its forward the attributes for alpha ("" for 1) and gamma, and the reduction."""
+    """Of a user's forward the attributes for alpha ("" for 1) and gamma, and the reduction."""
 
-    written: type
     alpha: str
     gamma: str
     reduction: str
 
 
-class RowsFocalLoss(nn.Module):
-    """A user's focal loss, with the attributes that its class gave it.
+class RowsFocalLoss(Swapped):
+    """A user's focal loss.
 
-    Its mean counts ignored targets too, as rows of loss 0. Where an attribute is no number any more, or gamma
-    negative, the class's own forward runs.
+    Its mean counts ignored targets too, as rows of loss 0. Where an attribute is no number any more, gamma
+    negative, or the class's forward another one, that forward runs.
     """
 
     nnfast_op = "softmax_focal_loss"
@@ -67,11 +69,11 @@ class RowsFocalLoss(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See `nnfast.functional.softmax_focal_loss`."""
-        written, alpha_name, gamma_name, reduction = self._nnfast_formula
+        alpha_name, gamma_name, reduction = self._nnfast_formula
         alpha = getattr(self, alpha_name, None) if alpha_name else 1
         gamma = getattr(self, gamma_name, None)
-        if not (_is_number(alpha) and _is_number(gamma) and 0 <= gamma < math.inf):
-            return written.forward(self, inputs, targets)  # type: ignore[attr-defined,no-any-return]
+        if not (_is_number(alpha) and _is_number(gamma) and 0 <= gamma < math.inf and as_read(self)):
+            return super().forward(inputs, targets)  # type: ignore[misc,no-any-return]
         loss = op.softmax_focal_loss(inputs, targets, alpha, gamma, None, -100, 0.0, "none")
         return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
@@ -117,7 +119,7 @@ def _read(module: nn.Module) -> Formula | str:
         return f"it is {result}"
     if not (math.isfinite(numbers[gamma]) and numbers[gamma] >= 0):
         return f"its {gamma} is {numbers[gamma]}"
-    return Formula(type(module), alphas[0] if alphas else "", gamma, reduction)
+    return Formula(alphas[0] if alphas else "", gamma, reduction)
 
 
 _FUNCTIONS = {torch.exp: "exp", torch.pow: "pow", torch.mul: "mul", torch.neg: "neg", torch.mean: "mean"}

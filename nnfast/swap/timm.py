@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..activation.module import Mish, Swish
 from .rule import known
 
@@ -18,5 +20,6 @@ modules = known(
 
 def is_norm_act(module: object) -> bool:
     """It is timm's BatchNormAct2d, whose forward is a batch norm's, then `drop`, then `act`."""
-    cls = type(module)
-    return (cls.__module__, cls.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d")
+    cls: Any = getattr(type(module), "swapped_from", type(module))
+    named = (cls.__module__, cls.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d")
+    return named and cls.forward.__module__ == cls.__module__

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_module
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -313,6 +314,23 @@ def test_other_activations_and_watched_ones():
     ours.relu.register_forward_hook(lambda *args: seen.append(args))
     ours(image())
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("size", [7, 30])
+@pytest.mark.parametrize(
+    "register", [torch_module.register_module_forward_pre_hook, torch_module.register_module_forward_hook]
+)
+def test_hooks_on_everything_see_every_call(pair, register, size, training):
+    seen = []
+    for block in (each.train(training) for each in pair):
+        names = {module: name for name, module in block.named_modules()}
+        with torch.no_grad():
+            block(image(size=size))
+            with register(lambda module, *_, names=names: seen[-1].append(names[module])):
+                seen.append([])
+                block(image(size=size))
+    assert sorted(seen[1]) == sorted(seen[0])  # torchvision calls its shortcut last
 
 
 def test_frozen_batch_norms():

@@ -452,17 +452,21 @@ def test_what_is_not_folded_is_called_as_it_is(name, block, x):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", ["conv.weight", "conv.bias", "bn.weight", "bn.bias"])
 def test_a_plain_attribute_gets_its_gradient(name, train, block, x):
-    block.train(train)
     child, attribute = name.split(".")
-    module = getattr(block, child)
-    source = getattr(module, attribute).detach().clone().requires_grad_()
-    delattr(module, attribute)
-    setattr(module, attribute, source * 2)
-    twin = copy.deepcopy(block.requires_grad_(False).state_dict())
-    (gradient,) = torch.autograd.grad(block(x).square().sum(), source, retain_graph=True)
-    block.load_state_dict(twin)
-    (expected,) = torch.autograd.grad(as_written(block, x).square().sum(), source)
-    assert_close(gradient, expected, rtol=1e-4, atol=1e-3)
+
+    def gradient(call, x):
+        made = copy.deepcopy(block).train(train).to(x.dtype)
+        module = getattr(made, child)
+        source = getattr(module, attribute).detach().clone().requires_grad_()
+        delattr(module, attribute)
+        setattr(module, attribute, source * 2)
+        loss = call(made.requires_grad_(False), x).square().sum()
+        return torch.autograd.grad(loss, source)[0].double()
+
+    truth = gradient(as_written, x.double())
+    ours, torchs = (gradient(call, x) - truth for call in (nnfast.ConvBNAct.__call__, as_written))
+    # absolute: in training the gradient of the convolution's bias is 0, and torch's all rounding
+    assert ours.norm() <= 2 * torchs.norm() + torch.finfo(x.dtype).eps / 8 * truth.norm()
 
 
 def test_global_hooks(block, x):

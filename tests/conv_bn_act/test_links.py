@@ -58,6 +58,11 @@ def both(name):
     return theirs, ours
 
 
+def steps(x: torch.Tensor) -> list[int]:
+    """Strides where there is more than one place: the others of 1x1 weights' gradients differ by threads."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_training_is_as_exact_as_torch(name, calls):
     theirs, ours = both(name)
@@ -68,7 +73,7 @@ def test_training_is_as_exact_as_torch(name, calls):
     assert len(calls) == (name in OURS)
     names = ["y", "x", *dict(theirs.named_parameters())]
     for what, t, a, b in zip(names, truth, found, torchs, strict=True):
-        assert a.stride() == b.stride(), what
+        assert steps(a) == steps(b), what
         assert error(a, t) <= 2 * error(b, t) + 2e-6, what
     for (what, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert_close(a, b, msg=lambda m, what=what: f"{what}: {m}")

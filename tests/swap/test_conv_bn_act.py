@@ -237,10 +237,10 @@ def test_same_numbers(name, fused):
     assert report.kept == ()
     assert any("conv+bn" in entry.new for entry in report.replaced)
     assert {key: value.data_ptr() for key, value in model.state_dict().items()} == before
-    assert [type(m).__name__ for m in model.modules() if isinstance(m, chain.Swapped)] == [
+    assert [type(m).__name__ for m in model.modules() if isinstance(m, chain.Fused)] == [
         type(n).__name__
         for m, n in zip(model.modules(), twin.modules(), strict=True)
-        if isinstance(m, chain.Swapped) and isinstance(m, type(n))
+        if isinstance(m, chain.Fused) and isinstance(m, type(n))
     ]
     assert_same(model, twin, x)
     assert fused
@@ -332,7 +332,7 @@ def test_copies(name, how, fused):
     assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
     nnfast.restore(twin)
     assert [type(m) for m in twin.modules()] == classes
-    assert isinstance(model, chain.Swapped) or any(isinstance(m, chain.Swapped) for m in model.modules())
+    assert isinstance(model, chain.Fused) or any(isinstance(m, chain.Fused) for m in model.modules())
 
 
 def test_isinstance_and_signature_stay():
@@ -377,7 +377,7 @@ def residual(kind=Residual):
     torch.manual_seed(0)
     model = kind(3, 3)
     nnfast.swap(model)
-    assert isinstance(model, chain.Swapped)
+    assert isinstance(model, chain.Fused)
     return model.eval(), torch.randn(2, 3, 6, 6)
 
 
@@ -541,6 +541,77 @@ def test_a_forward_replaced_on_the_class(nested, train, grad, fused):
         fused.clear()
         block.eval()(torch.randn(2, 3, 9, 9))
     assert fused == [block.conv2]
+
+
+class Sequence(nn.Sequential):
+    pass
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+KNOWN = {
+    "a sequential": lambda: Sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+    "timm's norm": lambda: pytest.importorskip("timm.layers").BatchNormAct2d(3),
+    "an activation": Swish,
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_forward_set_on_an_instance_after_the_swap(kind, nested, train, grad):
+    block, x = KNOWN[kind](), torch.randn(2, 3, 6, 6)
+    first = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)] if nested else []
+    model = nn.Sequential(*first, block).train(train)
+    before = copy.deepcopy(model[: len(first)])
+    nnfast.swap(model)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            model(x)
+        block.forward = torch.tanh
+        for _ in range(3):
+            torch.testing.assert_close(model(x), torch.tanh(before(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["a sequential", "timm's norm"])  # an activation takes nnfast's class
+def test_a_forward_replaced_on_a_class_that_a_rule_knows(kind, nested, train, grad, monkeypatch):
+    torch.manual_seed(0)
+    block = KNOWN[kind]()
+    cls, x = type(block), torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), block, nn.ReLU()) if nested else block
+    twin = copy.deepcopy(model)
+    nnfast.swap(model)
+
+    def agree():
+        for _ in range(3):
+            expected = twin.train(train)(x)
+            for each in models:
+                torch.testing.assert_close(each.train(train)(x), expected, rtol=1e-4, atol=1e-5)
+
+    with torch.set_grad_enabled(grad):
+        models = [model]
+        agree()
+        models = [model, copy.deepcopy(model)]
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "forward", lambda self, x: torch.tanh(x), raising=False)
+            agree()
+            assert nnfast.explain(block, x).backend is None
+            assert not nnfast.swap(copy.deepcopy(twin)).replaced
+        agree()
+
+
+def test_a_norm_of_timms_that_is_swapped_before_its_container():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), pytest.importorskip("timm.layers").BatchNormAct2d(3))
+    nnfast.swap(model[1])
+    report = nnfast.swap(model)
+    assert (len(report.replaced), report.kept) == (1, ())
 
 
 def test_a_sum_written_into_a_tensor_that_others_see():

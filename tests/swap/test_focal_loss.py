@@ -83,19 +83,23 @@ def test_same_numbers_and_back(make):
         results(loss, x[:, :, None, None].expand(9, 5, 2, 3), targets[:, None, None].expand(9, 2, 3)),
     )
     report = nnfast.swap(nn.Sequential(loss))
-    assert [entry.new for entry in report.replaced] == ["nnfast.swap.seed_loss.RowsFocalLoss"]
-    assert type(loss) is RowsFocalLoss
+    assert [entry.new for entry in report.replaced] == ["nnfast.functional.softmax_focal_loss"]
+    assert isinstance(loss, RowsFocalLoss)
     assert loss.state_dict() == {}
+    assert repr(loss) == f"{cls.__name__}()"
     for backend in ("cpu", *["triton"] * (not triton_why_not("cpu")), "aten", "reference"):
         if not nnfast.explain("softmax_focal_loss", x, targets).reasons[backend] or backend != "cpu":
             with nnfast.backend(backend):
                 torch.testing.assert_close(results(loss, x, targets), expected[0])
     spatial = results(loss, x[:, :, None, None].expand(9, 5, 2, 3), targets[:, None, None].expand(9, 2, 3))
     torch.testing.assert_close(spatial, expected[1])
-    torch.testing.assert_close(copy.deepcopy(loss)(x, targets), expected[0][0])
-    torch.testing.assert_close(
-        pickle.loads(pickle.dumps(loss))(x, targets), expected[0][0]
-    ) if cls is FocalLoss else None
+    copies = [copy.deepcopy(loss)]
+    if cls is FocalLoss:
+        copies.append(pickle.loads(pickle.dumps(loss)))
+    for each in (loss, *copies):
+        assert isinstance(each, cls)
+        assert type(each) is type(loss)
+        torch.testing.assert_close(results(each, x, targets), expected[0])
     assert nnfast.swap(loss).replaced == ()
     nnfast.restore(loss)
     assert type(loss) is cls
@@ -131,6 +135,20 @@ def test_attributes_set_later(make, name):
     rows = 5 if name == "alpha of as many rows as classes" else 9
     x, targets = torch.randn(rows, 5), torch.arange(rows) % 5
     torch.testing.assert_close(results(loss, x, targets), results(twin, x, targets))
+
+
+def test_a_forward_replaced_on_the_class():
+    loss, twin = (with_forward(inline) for _ in range(2))
+    twin.__class__ = cls = type(loss)
+    nnfast.swap(loss)
+    x, targets = torch.randn(9, 5), torch.arange(9) % 5
+    for forward in (summed, by_mode, inline):
+        cls.forward = forward
+        for each in (loss, copy.deepcopy(loss)):
+            torch.testing.assert_close(results(each, x, targets), results(twin, x, targets))
+        if forward is summed:  # a formula too, but another one
+            (entry,) = nnfast.swap(twin).kept
+            assert entry.reasons == ("its class had another forward when a module of it was swapped",)
 
 
 def by_mode(self, x, y):
