@@ -1,6 +1,7 @@
-"""SelfAttention against the seed's formulation, and MultiheadAttention against torch's, both ways.
+"""SelfAttention against the seed's formulation, MultiheadAttention and what it is made of against torch's.
 
-And TransformerEncoderLayer's inference against torch's, which is one fused operation.
+TransformerEncoderLayer's inference is one fused operation of torch's; linear layers are of large products,
+ours on some processors.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nnfast
 from benchmarks.runner import Result, compare, rotation
+from nnfast.core import product
 from tests.attention.test_self_attention import Seed
 
 CUDA = torch.cuda.is_available()
@@ -76,12 +79,13 @@ def measure(
     device: str,
     quick: bool,
     truth: str,
+    made: int = EMBED,
 ) -> tuple[dict[str, float], Any, int]:
-    """Check the contenders against one of them, and time them."""
+    """Check the contenders against one of them, and time them. made: features of their results."""
 
     def make() -> Any:
         x = torch.randn(shape, device=device).to(DTYPE)
-        return (x.requires_grad_(), torch.randn_like(x)) if training else x
+        return (x.requires_grad_(), x.new_empty(*shape[:-1], made).normal_()) if training else x
 
     x = make()
     expected = functions[truth](x)
@@ -190,13 +194,16 @@ FEED_FORWARD = 2048
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_encoder_layer(size, padded, device, quick, benchmark, record):
+def test_encoder_layer(size, direction, padded, device, quick, benchmark, record):
     """Key padding leaves a quarter of the keys out."""
-    if quick and not (size == QUICK and padded):
+    training = direction != "forward"
+    if quick and not (size == QUICK and padded and not training):
         pytest.skip("not in --quick")
     torch.manual_seed(0)
-    theirs = nn.TransformerEncoderLayer(EMBED, HEADS, FEED_FORWARD, batch_first=True).to(device, DTYPE).eval()
+    theirs = nn.TransformerEncoderLayer(EMBED, HEADS, FEED_FORWARD, 0.0, batch_first=True)
+    theirs = theirs.to(device, DTYPE).train(training)
     ours = copy.deepcopy(theirs)
     nnfast.swap(ours)
     n, length = size
@@ -205,23 +212,67 @@ def test_encoder_layer(size, padded, device, quick, benchmark, record):
     def call(m: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: m(x, src_key_padding_mask=padding)
 
-    functions = {name: both(call(m), [], False) for name, m in {"nnfast": ours, "torch": theirs}.items()}
-    seconds, x, moved = measure(functions, (*size, EMBED), False, device, quick, "torch")
-    with torch.no_grad():
-        backend = nnfast.explain(ours, x, None, padding).backend or ""
+    models = {"nnfast": ours, "torch": theirs}
+    functions = {name: both(call(m), list(m.parameters()), training) for name, m in models.items()}
+    seconds, x, moved = measure(functions, (*size, EMBED), training, device, quick, "torch")
+    source = x[0] if training else x
+    with torch.set_grad_enabled(training):
+        # in training torch's layer calls our attention
+        backend = nnfast.explain(ours, source, None, padding).backend or ""
     record(
         Result(
             family="attention",
             op="encoder_layer",
-            case=f"TransformerEncoderLayer inference {n}x{length} {'padded' if padded else 'plain'}",
-            direction="forward",
+            case=f"TransformerEncoderLayer {'training' if training else 'inference'} {n}x{length} "
+            f"{'padded' if padded else 'plain'}",
+            direction=direction,
             dtype=str(DTYPE).removeprefix("torch."),
-            numel=x.numel(),
+            numel=source.numel(),
             backend=backend,
             seconds=seconds,
             bytes=moved,
-            flops=flops(size, False, 4) + 2 * 2 * n * length * EMBED * FEED_FORWARD,
+            flops=flops(size, training, 4) + (3 if training else 1) * 4 * n * length * EMBED * FEED_FORWARD,
             targets={} if CUDA else {"torch": 1 / 1.05},
+        ),
+        benchmark,
+    )
+    benchmark.pedantic(functions["nnfast"], args=(x,), rounds=5, warmup_rounds=1)
+
+
+LINEAR = ((2048, 512, 512), (2048, 512, 1536), (2048, 2048, 512), (1576, 768, 3072), (256, 512, 512))
+"""Rows, features, features made: projections, a feed-forward's second layer, ViT-B's first, a small one."""
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU linear layers are torch's")
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("size", LINEAR, ids=str)
+def test_linear(size, direction, device, quick, benchmark, record):
+    if quick and size != LINEAR[0]:
+        pytest.skip("not in --quick")
+    training = direction != "forward"
+    torch.manual_seed(0)
+    rows, features, made = size
+    layer = nn.Linear(features, made)
+    calls = {"nnfast": product.linear, "torch": F.linear}
+    functions = {
+        name: both(lambda x, call=call: call(x, layer.weight, layer.bias), list(layer.parameters()), training)
+        for name, call in calls.items()
+    }
+    seconds, x, _ = measure(functions, (rows, features), training, device, quick, "torch", made)
+    elements = rows * (features + made) + features * made
+    record(
+        Result(
+            family="attention",
+            op="linear",
+            case=f"linear layer {'training' if training else 'inference'} {rows}x{features} to {made}",
+            direction=direction,
+            dtype="float32",
+            numel=rows * features,
+            backend="aten" if product.why_not(x[0] if training else x, layer.weight) else "cpu",
+            seconds=seconds,
+            bytes=4 * elements * (3 if training else 1),
+            flops=2 * rows * features * made * (3 if training else 1),
+            targets={"torch": 1.0},
         ),
         benchmark,
     )

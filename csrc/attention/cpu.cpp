@@ -13,6 +13,13 @@ namespace nnfast::cpu {
 // they may hold: half of a second cache.
 constexpr int64_t most_blocks = 8, most_held = 256 << 10;
 
+// Keys of a block: its scores fill half of a first cache, of 32 KB or, where there is AVX-512, mostly more.
+template <int bytes>
+constexpr int forward_keys = bytes == 64 ? 128 : 64;
+
+// Vectors that go through the softmax side by side.
+constexpr int group = 4;
+
 // out: strides of (N, H, Lq), features side by side. begin, end: spans of queries of a head
 template <class T>
 struct Forward {
@@ -27,8 +34,8 @@ struct Forward {
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t width = whole_panels<T, bytes>(p.values);
     const Scratch<T> q(queries_each * p.head), raw(p.weight || p.cos.data ? query_block * p.head : 0),
-        k(key_block * p.head), v(key_block * width), out(queries_each * width), s(key_block * query_block),
-        ends(2 * queries_each);
+        k(forward_keys<bytes> * p.head), v(forward_keys<bytes> * width), out(queries_each * width),
+        s(forward_keys<bytes> * query_block), ends(2 * queries_each);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / spans(), first = task % spans() * queries_each;
       const Scores<T, bytes> scores(p, row / p.heads, row % p.heads);
@@ -60,8 +67,8 @@ struct Forward {
     std::fill_n(sum, queries_each, T{});
     std::fill_n(out, queries * width, T{});
     const Range all = scores.seen(first, first + queries);
-    for (int64_t j = all.begin; j < all.end; j += key_block) {
-      const int rows = int(std::min<int64_t>(all.end - j, key_block));
+    for (int64_t j = all.begin; j < all.end; j += forward_keys<bytes>) {
+      const int rows = int(std::min<int64_t>(all.end - j, forward_keys<bytes>));
       if (p.cos.data)
         turn<bytes>(n, of_keys, from_k + j * p.k.l, p.k.l, p.k.d, j, rows, k);
       else
@@ -74,9 +81,10 @@ struct Forward {
         const int left = int(std::min<int64_t>(seen.end - j, rows) - skipped);
         if (left <= 0) continue;
         scores.compute(first + i, columns, j + skipped, left, k + skipped * p.head, q + i * p.head, s);
-        const int64_t share = (key_block * query_block + queries - 1) / queries;  // of the next rows
-        const int64_t next = j + key_block + i / query_block * share;
-        Ahead ahead{from_k, from_v, next, std::min({next + share, j + 2 * key_block, all.end})};
+        const int64_t share =
+            (forward_keys<bytes> * query_block + queries - 1) / queries;  // of the next rows
+        const int64_t next = j + forward_keys<bytes> + i / query_block * share;
+        Ahead ahead{from_k, from_v, next, std::min({next + share, j + 2 * forward_keys<bytes>, all.end})};
         weigh(scores, first + i, columns, j + skipped, left, s, most + i, sum + i, out + i * width, width,
               ahead);
         multiply<bytes>(Gemm<T>{columns, p.values, left, s, 1, query_block,
@@ -143,7 +151,7 @@ struct Forward {
   NNFAST_INLINE void weigh(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows, T* s,
                            T* most, T* sum, T* out, int64_t width, Ahead& ahead) const {
     using V = typename VectorOf<T, bytes>::type;
-    constexpr int lanes = bytes / sizeof(T), group = 4;
+    constexpr int lanes = bytes / sizeof(T);
     const int64_t fetched = (ahead.end - ahead.next) * key_group / rows + 1;  // rows, with each group
     alignas(64) T shrunk[query_block], factors[4 * query_block];
     for (int c = 0; c < columns; c += group * lanes) {
@@ -155,21 +163,24 @@ struct Forward {
       for (int g = 0; g < group; ++g) {
         store(most + c + g * lanes, raised[g]);
         raised[g] = raised[g] == -scores.infinity ? V{} : raised[g];  // or blind queries would be NaN
-        const V shrinks = decayed(old[g] - raised[g]);
-        store(shrunk + c + g * lanes, shrinks);
-        old[g] = load<V>(sum + c + g * lanes) * shrinks;
+        old[g] -= raised[g];
+      }
+      decay(old);
+      for (int g = 0; g < group; ++g) {
+        store(shrunk + c + g * lanes, old[g]);
+        old[g] *= load<V>(sum + c + g * lanes);
       }
       V total[group] = {};
       for (int first = 0; first < rows; first += key_group) {
         V some[group] = {};
         fetch(ahead, fetched);
-        for (int r = first; r < std::min(first + key_group, rows); ++r)
-          for (int g = 0; g < group; ++g) {
-            T* at = s + r * query_block + c + g * lanes;
-            const V e = decayed(load<V>(at) - raised[g]);
-            store(at, e);
-            some[g] += e;
-          }
+        for (int r = first; r < std::min(first + key_group, rows); ++r) {
+          T* const at = s + r * query_block + c;
+          V e[group];
+          for (int g = 0; g < group; ++g) e[g] = load<V>(at + g * lanes) - raised[g];
+          decay(e);
+          for (int g = 0; g < group; ++g) store(at + g * lanes, e[g]), some[g] += e[g];
+        }
         for (int g = 0; g < group; ++g) total[g] += some[g];
       }
       for (int g = 0; g < group; ++g) store(sum + c + g * lanes, old[g] + total[g]);
@@ -250,6 +261,7 @@ struct Block {
   }
 
  private:
+  // Scores to probabilities, e^(score - lse), and their gradients to those of the scores.
   NNFAST_INLINE void weighted(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j,
                               int rows) const {
     const Attention<T>& p = scores.p;
@@ -258,12 +270,16 @@ struct Block {
       if (p.drops && r % 4 == 0) scores.dropout(i, columns, j + r, factors);
       const T* factor = factors + r % 4 * query_block;
       T *of_s = s + r * query_block, *of_ds = ds + r * query_block;
-      for (int c = 0; c < columns; c += lanes) {
-        V e = decayed(load<V>(of_s + c) - load<V>(lse + c)), d = load<V>(of_ds + c);
-        if (p.drops) d *= load<V>(factor + c);
-        store(of_ds + c, e * (d - load<V>(delta + c)));
-        if (p.drops) e *= load<V>(factor + c);
-        store(of_s + c, e);
+      for (int c = 0; c < columns; c += group * lanes) {
+        V e[group];
+        for (int g = 0; g < group; ++g) e[g] = load<V>(of_s + c + g * lanes) - load<V>(lse + c + g * lanes);
+        decay(e);
+        for (int g = 0; g < group; ++g) {
+          const int at = c + g * lanes;
+          const V kept = p.drops ? load<V>(factor + at) : V{} + 1;
+          store(of_ds + at, e[g] * (load<V>(of_ds + at) * kept - load<V>(delta + at)));
+          store(of_s + at, e[g] * kept);
+        }
       }
     }
   }
@@ -273,16 +289,22 @@ struct Block {
   NNFAST_INLINE void normalised(int columns, int rows) const {
     alignas(64) T sums[query_block] = {}, inner[query_block] = {};
     for (int first = 0; first < rows; first += key_group)
-      for (int c = 0; c < columns; c += lanes) {
-        V some = {}, products = {};
+      for (int c = 0; c < columns; c += group * lanes) {
+        V some[group] = {}, products[group] = {};
         for (int r = first; r < std::min(first + key_group, rows); ++r) {
-          T* at = s + r * query_block + c;
-          const V e = decayed(load<V>(at) - load<V>(lse + c));
-          store(at, e);
-          some += e, products += e * load<V>(ds + r * query_block + c);
+          T *of_s = s + r * query_block + c, *of_ds = ds + r * query_block + c;
+          V e[group];
+          for (int g = 0; g < group; ++g) e[g] = load<V>(of_s + g * lanes) - load<V>(lse + c + g * lanes);
+          decay(e);
+          for (int g = 0; g < group; ++g) {
+            store(of_s + g * lanes, e[g]);
+            some[g] += e[g], products[g] += e[g] * load<V>(of_ds + g * lanes);
+          }
         }
-        store(sums + c, load<V>(sums + c) + some);
-        store(inner + c, load<V>(inner + c) + products);
+        for (int g = 0; g < group; ++g) {
+          store(sums + c + g * lanes, load<V>(sums + c + g * lanes) + some[g]);
+          store(inner + c + g * lanes, load<V>(inner + c + g * lanes) + products[g]);
+        }
       }
     for (int c = 0; c < columns; c += lanes) {
       const V sum = load<V>(sums + c), scale = sum == 0 ? V{} : 1 / sum;
@@ -319,7 +341,7 @@ struct Backward {
         of_q(together * query_block * k_width);
     const Scratch<T> q(together * query_block * p.head), grad(together * query_block * p.values),
         q_rows(together * query_block * k_width), grad_rows(together * query_block * v_width),
-        ends(together * 2 * query_block), s((p.softcap != 0 ? 3 : 2) * key_block * query_block);
+        ends(together * 2 * query_block), s((p.caps() ? 3 : 2) * key_block * query_block);
     const auto block = [&](int64_t b) __attribute__((always_inline)) {
       b *= query_block;
       return Block<T, bytes>{q + b * p.head,
@@ -330,7 +352,7 @@ struct Backward {
                              ends + 2 * b + query_block,
                              s,
                              s + key_block * query_block,
-                             p.softcap != 0 ? s + 2 * key_block * query_block : nullptr};
+                             p.caps() ? s + 2 * key_block * query_block : nullptr};
     };
     const int64_t step = parts * query_block;
     for (int64_t task = begin; task < end; ++task) {

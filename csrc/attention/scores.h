@@ -9,7 +9,6 @@
 
 #include "attention/turn.h"
 #include "common/gemm.h"
-#include "common/lanes.h"
 
 namespace nnfast::cpu {
 
@@ -41,7 +40,7 @@ struct Attention {
   Turn<T> turn;
   int64_t batch, heads, key_heads, queries, keys, head, values;
   int64_t left, right;  // no less than both lengths where there is no limit
-  T scale, softcap;     // no cap where it is 0
+  T scale, softcap;
   bool drops;
   uint64_t seed;
   uint32_t least;  // word of an element that is kept
@@ -55,6 +54,8 @@ struct Attention {
   // Whether a block of the scores has all keys that its queries see, and their probabilities as they are.
   NNFAST_INLINE bool whole() const { return keys <= key_block && !drops; }
 
+  NNFAST_INLINE bool caps() const { return softcap != 0; }
+
   NNFAST_INLINE int64_t key_head(int64_t h) const { return h / (heads / key_heads); }
 
   // What is added to a head's queries (0), keys (1) or values (2), or null.
@@ -67,63 +68,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// Columns of x: (rows, columns) that a matrix needs whose panels are whole.
-template <class T, int bytes>
-NNFAST_INLINE int64_t whole_panels(int64_t columns) {
-  constexpr int panel = GemmShape<T, bytes>::panel;
-  return (columns + panel - 1) / panel * panel;
-}
-
-// V or T from memory, and what is added to column j on, if anything.
-template <class V, class T>
-NNFAST_INLINE V load_sum(const T* x, const T* added, int64_t j) {
-  return added ? load<V>(x) + load<V>(added + j) : load<V>(x);
-}
-
-// x: (rows, columns), with a row `added` to each if that is not null, times a factor, as `Gemm` takes its b.
-template <int bytes, class T>
-NNFAST_INLINE void pack_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T factor,
-                             T* to, const T* added = nullptr) {
-  using V = typename VectorOf<T, bytes>::type;
-  constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
-  for (int64_t j = 0; j < columns; j += panel, to += rows * panel)
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* from = x + i * row + j * column;
-      if (column == 1 && j + panel <= columns) {
-        store(to + i * panel, load_sum<V>(from, added, j) * factor);
-        store(to + i * panel + lanes, load_sum<V>(from + lanes, added, j + lanes) * factor);
-      } else {
-        for (int64_t l = 0; l < panel; ++l)
-          to[i * panel + l] = j + l < columns ? load_sum<T>(from + l * column, added, j + l) * factor : T{};
-      }
-    }
-}
-
-// The transpose of x: (rows, columns), likewise.
-template <int bytes, class T>
-NNFAST_INLINE void pack_columns(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                                T factor, T* to, const T* added = nullptr) {
-  using V = typename VectorOf<T, bytes>::type;
-  constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
-  for (int64_t i = 0; i < whole_panels<T, bytes>(rows); i += lanes) {
-    T* panel_of = to + i / panel * panel * columns + i % panel;
-    const int64_t there = std::max<int64_t>(std::min<int64_t>(rows - i, lanes), 0);
-    int64_t j = 0;
-    if (column == 1 && there == lanes)
-      for (; j + lanes <= columns; j += lanes) {
-        V square[lanes];
-        for (int l = 0; l < lanes; ++l) square[l] = load_sum<V>(x + (i + l) * row + j, added, j) * factor;
-        transpose<lanes / 2>(square);
-        for (int l = 0; l < lanes; ++l) store(panel_of + (j + l) * panel, square[l]);
-      }
-    for (; j < columns; ++j)
-      for (int64_t l = 0; l < lanes; ++l)
-        panel_of[j * panel + l] =
-            l < there ? load_sum<T>(x + (i + l) * row + j * column, added, j) * factor : T{};
-  }
-}
-
-// x: (rows, columns) without gaps, likewise.
+// x: (rows, columns) without gaps, with a row `added` to each if that is not null.
 template <class T>
 NNFAST_INLINE void copy_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T* to,
                              const T* added = nullptr) {
@@ -205,13 +150,17 @@ struct Philox {
 
 // e^x for x <= 0, 0 where it is hardly a normal number: processors are slow at denormals, its products with
 // gradients and values included.
-template <class V>
-NNFAST_INLINE V decayed(V x) {
+template <int count, class V>
+NNFAST_INLINE void decay(V (&x)[count]) {
   using T = typename Lanes<V>::Element;
   constexpr T lowest = sizeof(T) == 4 ? T(-80) : T(-700);
-  if constexpr (!host::has_scale<V>) return x < lowest ? V{} : Precise::exp<true>(max(V{} + lowest, x));
-  const auto power = Precise::power(x);
-  return host::scale(x < lowest ? V{} : power.p, power.n);
+  host::Power<V> power[count];
+  Precise::power(x, power);
+  for (int i = 0; i < count; ++i)
+    if constexpr (host::has_scale<V>)
+      x[i] = host::scale(x[i] < lowest ? V{} : power[i].p, power[i].n);
+    else
+      x[i] = x[i] < lowest ? V{} : power[i].p * power[i].two_to_n();
 }
 
 // tanh(x) to about one unit in the last place of float: 1 - 2 / (e^2x + 1), or below 0.625 Cephes'
@@ -266,7 +215,7 @@ struct Scores {
   NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q, T* s,
                              T* slope = nullptr) const {
     multiply<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, query_block, false});
-    if (p.softcap != 0) cap(columns, rows, s, slope);
+    if (p.caps()) cap(columns, rows, s, slope);
     if (p.slopes.data) add_slopes(i, columns, j, rows, s);
     if (of_pairs(p.bias)) add_bias(i, columns, j, rows, s);
     if (of_pairs(p.mask)) add_mask(i, columns, j, rows, s);

@@ -109,15 +109,29 @@ struct Power {
   }
 };
 
+// Of vectors side by side, a step of all before the next: each waits for the one before it, and processors
+// do not look far enough ahead for those of other vectors.
+template <int count, class T, class Element, int terms>
+NNFAST_INLINE void power(const T (&x)[count], const Element (&polynomial)[terms], Power<T> (&to)[count]) {
+  using Constants = ExpConstants<Element>;
+  T r[count], p[count];
+  for (int i = 0; i < count; ++i) to[i].shifted = x[i] * Constants::log2_e + Constants::round_magic;
+  for (int i = 0; i < count; ++i) to[i].n = to[i].shifted - Constants::round_magic;
+  for (int i = 0; i < count; ++i) r[i] = x[i] - to[i].n * Constants::ln2_high;
+  for (int i = 0; i < count; ++i) r[i] = r[i] - to[i].n * Constants::ln2_low;
+  for (int i = 0; i < count; ++i) p[i] = T{} + polynomial[0];
+  for (int term = 1; term < terms; ++term)
+    for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + polynomial[term];
+  for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + 1;
+  for (int i = 0; i < count; ++i) to[i].p = p[i] * r[i] + 1, to[i].over_one = p[i] * r[i];
+}
+
 template <class T, class Element, int terms>
 NNFAST_INLINE Power<T> power(T x, const Element (&polynomial)[terms]) {
-  using Constants = ExpConstants<Element>;
-  const T shifted = x * Constants::log2_e + Constants::round_magic;
-  const T n = shifted - Constants::round_magic;
-  const T r = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
-  T p = T{} + polynomial[0];
-  for (int i = 1; i < terms; ++i) p = p * r + polynomial[i];
-  return {(p * r + 1) * r + 1, (p * r + 1) * r, n, shifted};
+  const T one[1] = {x};
+  Power<T> to[1];
+  power(one, polynomial, to);
+  return to[0];
 }
 
 // With `bounded`, x is no more than `highest`.
@@ -248,10 +262,20 @@ struct Precise {
 #if !defined(__CUDA_ARCH__)
   template <class T>
   static NNFAST_INLINE host::Power<T> power(T x) {
+    return host::power(x, polynomial<T>());
+  }
+
+  template <int count, class T>
+  static NNFAST_INLINE void power(const T (&x)[count], host::Power<T> (&to)[count]) {
+    host::power(x, polynomial<T>(), to);
+  }
+
+  template <class T>
+  static constexpr const auto& polynomial() {
     if constexpr (std::is_same_v<typename Lanes<T>::Element, double>)
-      return host::power(x, host::exp_polynomial_double);
+      return host::exp_polynomial_double;
     else
-      return host::power(x, host::exp_polynomial);
+      return host::exp_polynomial;
   }
 #endif
 

@@ -2,9 +2,10 @@
 // what larger operations on the CPU are made of. One of them runs on one thread.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
-#include "common/cpu.h"
+#include "common/lanes.h"
 
 namespace nnfast::cpu {
 
@@ -18,7 +19,7 @@ struct GemmShape {
 
 // c (+)= a b, for a of (m, k) at any strides and c of (m, n) at row stride c_row with n rounded up to whole
 // panels (what lies beyond n is written too). b of (k, n) is packed: panel after panel of (k, panel), zeros
-// beyond n (see `pack`). k is best a few hundred at most: a panel of b then stays in the first cache.
+// beyond n (see `pack_rows`). k is best a few hundred at most: a panel of b then stays in the first cache.
 template <class T>
 struct Gemm {
   int64_t m, n, k;
@@ -65,16 +66,11 @@ struct Gemm {
   NNFAST_INLINE void block(const T* from, int64_t row, int64_t column, const T* panel, T* to) const {
     using V = typename VectorOf<T, bytes>::type;
     constexpr int lanes = GemmShape<T, bytes>::lanes;
-    const auto load = [](const T* at) {
-      V vector;
-      std::memcpy(&vector, at, sizeof(V));
-      return vector;
-    };
     V even[rows], odd[rows];  // unrolled, so that they are in registers
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) even[r] = odd[r] = V{};
     for (int64_t i = k; i > 0; --i, from += column, panel += 2 * lanes) {
-      const V first = load(panel), second = load(panel + lanes);
+      const V first = load<V>(panel), second = load<V>(panel + lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const T left = from[r * row];
@@ -84,21 +80,66 @@ struct Gemm {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r, to += c_row) {
-      const V first = add ? load(to) + even[r] : even[r], second = add ? load(to + lanes) + odd[r] : odd[r];
-      std::memcpy(to, &first, sizeof(V));
-      std::memcpy(to + lanes, &second, sizeof(V));
+      store(to, add ? load<V>(to) + even[r] : even[r]);
+      store(to + lanes, add ? load<V>(to + lanes) + odd[r] : odd[r]);
     }
   }
 };
 
-// b of (k, n), at any strides, as `Gemm` takes it: `to` has room for whole panels.
+// Columns of x: (rows, columns) that a matrix needs whose panels are whole.
 template <class T, int bytes>
-NNFAST_INLINE void pack(const T* b, int64_t k, int64_t n, int64_t row, int64_t column, T* to) {
+NNFAST_INLINE int64_t whole_panels(int64_t columns) {
   constexpr int panel = GemmShape<T, bytes>::panel;
-  for (int64_t j = 0; j < n; j += panel, to += k * panel) {
-    const int64_t there = n - j < panel ? n - j : panel;
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t l = 0; l < panel; ++l) to[i * panel + l] = l < there ? b[i * row + (j + l) * column] : T{};
+  return (columns + panel - 1) / panel * panel;
+}
+
+// V or T from memory, and what is added to column j on, if anything.
+template <class V, class T>
+NNFAST_INLINE V load_sum(const T* x, const T* added, int64_t j) {
+  return added ? load<V>(x) + load<V>(added + j) : load<V>(x);
+}
+
+// x: (rows, columns), with a row `added` to each if that is not null, times a factor, as `Gemm` takes its b.
+template <int bytes, class T>
+NNFAST_INLINE void pack_rows(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns, T factor,
+                             T* to, const T* added = nullptr) {
+  using V = typename VectorOf<T, bytes>::type;
+  constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += panel) {
+      const T* from = x + i * row + j * column;
+      T* const here = to + j * rows + i * panel;
+      if (column == 1 && j + panel <= columns) {
+        store(here, load_sum<V>(from, added, j) * factor);
+        store(here + lanes, load_sum<V>(from + lanes, added, j + lanes) * factor);
+      } else {
+        for (int64_t l = 0; l < panel; ++l)
+          here[l] = j + l < columns ? load_sum<T>(from + l * column, added, j + l) * factor : T{};
+      }
+    }
+}
+
+// The transpose of x: (rows, columns), likewise.
+template <int bytes, class T>
+NNFAST_INLINE void pack_columns(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
+                                T factor, T* to, const T* added = nullptr) {
+  using V = typename VectorOf<T, bytes>::type;
+  constexpr int panel = GemmShape<T, bytes>::panel, lanes = panel / 2;
+  for (int64_t i = 0; i < whole_panels<T, bytes>(rows); i += lanes) {
+    T* panel_of = to + i / panel * panel * columns + i % panel;
+    const int64_t there = std::max<int64_t>(std::min<int64_t>(rows - i, lanes), 0);
+    int64_t j = 0;
+    if (column == 1 && there == lanes)
+      for (; j + lanes <= columns; j += lanes) {
+        V square[lanes];
+        for (int l = 0; l < lanes; ++l) square[l] = load_sum<V>(x + (i + l) * row + j, added, j) * factor;
+        transpose<lanes / 2>(square);
+        for (int l = 0; l < lanes; ++l) store(panel_of + (j + l) * panel, square[l]);
+      }
+    for (; j < columns; ++j)
+      for (int64_t l = 0; l < lanes; ++l)
+        panel_of[j * panel + l] =
+            l < there ? load_sum<T>(x + (i + l) * row + j * column, added, j) * factor : T{};
   }
 }
 

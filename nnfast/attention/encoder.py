@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..core import tuning
+from ..core import product, tuning
 from ..core.op import Explanation, describe, forced
 from . import op
 from .multihead import MultiheadAttention, is_small, recorded
@@ -63,6 +65,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             y = self.norm2(src + self._ff_block(src))
         return y
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.activation(product.applied(self.linear1, x)))
+        return cast(Tensor, self.dropout2(product.applied(self.linear2, x)))
+
     def explain(
         self,
         src: Tensor,
@@ -111,6 +117,8 @@ def _torchs_reasons(
     if src.numel() < tuning.MULTIHEAD_ELEMENTS:  # below which self_attn would leave it to torch's as well
         return [f"{src.numel()} elements; measured to pay from {tuning.MULTIHEAD_ELEMENTS} on"]
     least = tuning.ENCODER_LENGTH_MASKED if masks else tuning.ENCODER_LENGTH
+    if type(m.linear1) is nn.Linear and not product.why_not(src, m.linear1.weight):
+        least = tuning.ENCODER_LENGTH_PRODUCTS
     if length < least:
         return [f"length {length}; measured to be faster than torch's fused layer from {least} on"]
     return []

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from ..core import tuning
 from ..core.op import BackendError, Explanation, describe, forced
 from ..core.operator import DTYPES, autocasts, transformed
+from ..core.product import linear
 from . import op
 from .module import attention
 
@@ -286,7 +287,7 @@ def _attended(m: nn.MultiheadAttention, call: _Call) -> Tensor:
     batched = call.query.dim() == 3
     # (N, H, Lq, D), whose rows of all heads have no gaps where our kernels made it
     out = out.transpose(1, 2) if m.batch_first or not batched else out.permute(2, 0, 1, 3)
-    out = F.linear(out.flatten(2), m.out_proj.weight, m.out_proj.bias)
+    out = linear(out.flatten(2), m.out_proj.weight, m.out_proj.bias)
     return out if batched else out.squeeze(0)
 
 
@@ -408,23 +409,23 @@ def _projected(m: nn.MultiheadAttention, call: _Call, bias: Tensor | None) -> tu
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         weights = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
         q, k, v = (
-            F.linear(x, w, b).unflatten(-1, heads)
+            linear(x, w, b).unflatten(-1, heads)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         return q, k, v
     weight = m.in_proj_weight
     if key is value:
         if query is key:
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+            q, k, v = linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
             return q, k, v
         parts = (m.embed_dim, 2 * m.embed_dim)
         of_query, of_both = weight.split(parts)
         b_query, b_both = (None, None) if bias is None else bias.split(parts)
-        k, v = F.linear(key, of_both, b_both).unflatten(-1, (2, *heads)).unbind(-3)
-        return F.linear(query, of_query, b_query).unflatten(-1, heads), k, v
+        k, v = linear(key, of_both, b_both).unflatten(-1, (2, *heads)).unbind(-3)
+        return linear(query, of_query, b_query).unflatten(-1, heads), k, v
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     q, k, v = (
-        F.linear(x, w, b).unflatten(-1, heads)
+        linear(x, w, b).unflatten(-1, heads)
         for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
     )
     return q, k, v

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.op import BackendError, Explanation, describe, forced
 from ..core.operator import DTYPES, autocasts, traced, transformed
+from ..core.product import linear
 from ..core.snapshot import Snapshot, hooked
 from . import op
 from .module import attention
@@ -156,7 +156,7 @@ def _attend(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, mask:
         if not (blind.is_cpu and not torch.compiler.is_compiling() and not transformed() and not blind.any()):
             out = out.where(~blind, v.mean(2, keepdim=True))
     bias = m.fc_out.bias
-    return F.linear(out.transpose(1, 2).flatten(2), weights.out, bias if bias is None else bias.to(out.dtype))
+    return linear(out.transpose(1, 2).flatten(2), weights.out, bias if bias is None else bias.to(out.dtype))
 
 
 def _scale(m: SelfAttention) -> float:
@@ -168,7 +168,7 @@ def _heads(m: SelfAttention, x: Tensor) -> Tensor:
 
 
 def _project(x: Tensor, weight: Tensor | None) -> Tensor:
-    return x if weight is None else x @ weight
+    return x if weight is None else linear(x, weight.t())
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..core import extension
+from ..core import extension, product
 from ..core.op import BACKENDS, OPS, forced, triton_why_not
 from ._text import facts, table
 
@@ -73,6 +73,12 @@ def _library() -> list[tuple[str, str]]:
     if built.get("cuda"):
         archs = ", ".join(built.get("cuda_archs") or ["not recorded"])
         lines.append(("CUDA kernels", f"built by CUDA {built.get('cuda_version')} for {archs}"))
+    lines.append(
+        (
+            "products",
+            f"torch's: {missing}" if (missing := product.missing()) else "ours, large ones on the CPU",
+        )
+    )
     lines += [("left out", f"{part.upper()} kernels: {reason}") for part, reason in left_out.items()]
     if name := forced():
         source = " by NNFAST_BACKEND" if os.environ.get("NNFAST_BACKEND") == name else ""

@@ -321,6 +321,9 @@ FOLDED_SHAPES = 4
 FOLDED_CALLS = 64
 """Kinds of calls of which it is remembered that a folded convolution serves them."""
 
+PRODUCT, PRODUCT_ROWS = 1 << 24, 64
+"""Fewest multiplications a thread, and rows, of a linear layer for which our products on the CPU pay."""
+
 ATTENTION_QUERIES = 32
 """Fewest queries for which our attention on the CPU, which takes 32 at once, is faster than torch's."""
 
@@ -346,6 +349,9 @@ ENCODER_LENGTH = 384
 
 ENCODER_LENGTH_MASKED = 192
 """The same with a mask or padding."""
+
+ENCODER_LENGTH_PRODUCTS = 32
+"""The same where products are ours."""
 
 MULTIHEAD_DROPOUT_WEIGHTS = 1 << 28
 """Most attention weights, 1 GiB, for which torch's multi-head attention with dropout is faster on the CPU,

@@ -30,6 +30,7 @@ from ..core.operator import (
     transformed,
     without_autocast,
 )
+from ..core.product import Into, into
 from . import reference
 from .op import (
     INDEX_DTYPES,
@@ -152,31 +153,29 @@ class _Rows:
         """
         count = tuning.linear_chunk(len(x), len(weight))
         losses: list[Tensor] = []
-        of_x: list[Tensor] = []
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
         of_weight: Tensor | None = None
         of_bias: Tensor | None = None
         buffer = x.new_empty(count, len(weight))  # new memory would be new pages, chunk after chunk
+        multiply = into(x[:count], weight)
         for begin in range(0, len(x), count):
             rows = slice(begin, begin + count)
             some = x[rows]
             logits = buffer[: len(some)]
-            if bias is None:
-                torch.mm(some, weight.t(), out=logits)
-            else:
-                torch.addmm(bias, some, weight.t(), out=logits)
+            multiply(logits, some, weight.t(), bias, False)
             grad = None if upstream is None else upstream[rows]
             loss, slope = self.slopes(logits, target[rows], grad, *self.options)
             losses.append(loss)
             if slope is None:
                 continue
-            if needs[0]:
-                of_x.append(slope @ weight)
+            if of_x is not None:
+                multiply(of_x[rows], slope, weight, None, False)
             if needs[1]:
-                of_weight = _add_product(of_weight, slope.t(), some)
+                of_weight = _add_product(multiply, of_weight, slope.t(), some)
             if needs[2]:
                 part = slope.sum(0, dtype=loss.dtype)
                 of_bias = part if of_bias is None else of_bias.add_(part)
-        return torch.cat(losses), (torch.cat(of_x) if of_x else None, of_weight, of_bias)
+        return torch.cat(losses), (of_x, of_weight, of_bias)
 
     def differentiable(
         self, grad: Tensor, inputs: Sequence[Any], target: Tensor, needs: Sequence[bool]
@@ -190,11 +189,14 @@ class _Rows:
         return [next(found) if need else None for need in needs]
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def _add_product(multiply: Into, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in the compute dtype, in total's memory."""
-    if total is None:
-        return reference.wide(a @ b)
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+    if total is not None and total.dtype == a.dtype:
+        multiply(total, a, b, None, True)
+        return total
+    part = a.new_empty(len(a), b.shape[1])
+    multiply(part, a, b, None, False)
+    return reference.wide(part) if total is None else total.add_(part)
 
 
 _FLOAT16_SCALE = 256.0

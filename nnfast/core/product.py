@@ -1,0 +1,127 @@
+"""Matrix products on the CPU, ours where the library that torch calls leaves much of the processor idle.
+
+    nnfast::product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool add) -> ()
+
+a: (M, K) and b: (K, N) at any strides. out: (M, N), of rows without gaps, becomes a b, with a bias (N,) added
+to each row, or with what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from . import extension, tuning
+from .op import constant, forced
+from .operator import LIBRARY, autocasts, by_formula, define, traced, transformed
+from .snapshot import hooked
+
+
+def _fake(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
+    """Nothing."""
+
+
+def _torchs(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
+    if add:
+        torch.addmm(out, a, b, out=out)
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+
+
+_INTO = define(LIBRARY, "product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool add) -> ()", _fake)
+LIBRARY.impl("product_", _torchs, "CompositeExplicitAutograd")
+
+
+@constant
+def missing() -> str:
+    """Why this process's products are all torch's; "" if large ones are ours."""
+    if why := extension.why_not("product_", "CPU"):
+        return why
+    pay = extension.function("nnfast_products_pay")
+    if pay is None or not pay():
+        return "measured to be faster on AMD processors with AVX2 and without AVX-512 alone"
+    return ""
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
+    """Why F.linear, of x: (..., K) and weight: (N, K), is torch's; "" if it is ours."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in given):
+        return "an input is no plain tensor"
+    if not x.is_cpu or is_compiling() or transformed() or traced() or autocasts(x):
+        return "x is not on the CPU, or what is done to it is compiled, recorded, transformed or cast"
+    if any(t.dtype != torch.float32 for t in given):
+        return f"ours are of torch.float32; x has dtype {x.dtype}, the weight {weight.dtype}"
+    if forced() not in (None, "cpu"):
+        return f"{forced()!r} is forced"
+    count, least = x.numel() * weight.shape[0], tuning.PRODUCT * torch.get_num_threads()
+    if count < least or x.numel() < tuning.PRODUCT_ROWS * weight.shape[1]:
+        return f"{count} multiplications; measured to pay from {least} on, of {tuning.PRODUCT_ROWS} rows"
+    return missing()
+
+
+Into = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]
+
+
+def into(x: Tensor, weight: Tensor) -> Into:
+    """What makes the products of a linear layer and of its gradients: takes what nnfast::product_ takes."""
+    return _torchs if why_not(x, weight) else _INTO
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b, plus bias: (N,), without gradients; ours, whatever it is worth."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    _INTO(out, a, b, bias, False)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear."""
+    if why_not(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        result: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+    return _linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = product(x.reshape(-1, x.shape[-1]), weight.t(), bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+def applied(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x); of a plain nn.Linear, whose calls nobody watches, what `linear` gives."""
+    watched = hooked(module) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
+    if type(module) is not nn.Linear or watched:
+        result: Tensor = module(x)
+        return result
+    return linear(x, module.weight, module.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear. Saves x and the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows, of_rows = (t.reshape(-1, t.shape[-1]) for t in (x, grad))
+        multiply = torch.mm if by_formula(grad, x, weight) else product
+        return (
+            multiply(of_rows, weight).view_as(x) if of_x else None,
+            multiply(of_rows.t(), rows) if of_weight else None,
+            of_rows.sum(0) if of_bias else None,
+        )
