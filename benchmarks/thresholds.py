@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import nnfast
 from benchmarks.runner import both_ways, compare, forced, rotation
-from nnfast.core import tuning
+from nnfast.core import product, tuning
 from nnfast.core.op import OPS
 from tests.ops import TABLE, Case, class_targets, soft_targets
 
@@ -148,6 +149,37 @@ def batch_norms(backend: str, sizes: list[int]) -> None:
                     print(f"  {channels} at {side}x{side} {name}: {crossover(found)}  {ratios}", flush=True)
 
 
+def linears(rows: list[int]) -> None:
+    """Print from how many multiplications a thread on a linear layer's products pay, where they are ours."""
+    if missing := product.missing():
+        print(f"linear: torch's; {missing}")
+        return
+    shipped, threads = tuning.PRODUCT, torch.get_num_threads()
+    tuning.PRODUCT = tuning.PRODUCT_ROWS = 0
+
+    def step(layer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[tuple[Tensor, ...]], object]:
+        def run(inputs: tuple[Tensor, ...]) -> object:
+            x, weight, *upstream = inputs
+            y = layer(x, weight)
+            return torch.autograd.grad(y, (x, weight), upstream) if upstream else y
+
+        return run
+
+    contenders = {"ours": step(product.linear), "torch": step(F.linear)}
+    for features, made in ((64, 64), (512, 512), (768, 3072)):
+        for grad in (False, True):
+            found = {}
+            for count in rows:
+                x, weight = (torch.randn(n, features, requires_grad=grad) for n in (count, made))
+                inputs = (x, weight, *[torch.randn(count, made)] * grad)
+                times = compare(contenders, [inputs], "cpu", 0.3)
+                found[count * features * made // threads] = times["torch"] / times["ours"]
+            mode = "with autograd" if grad else "without"
+            print(f"linear {features} to {made} {mode}: {crossover(found)} (shipped: {shipped})")
+            ratios = "  ".join(f"{n / 2**20:.3g}M: {ratio:.2f}x" for n, ratio in found.items())
+            print(f"  {ratios}", flush=True)
+
+
 def main() -> None:
     """Measure and print them all, or those that are named."""
     torch.set_num_threads(2)
@@ -155,7 +187,10 @@ def main() -> None:
     names = sys.argv[1:] or [
         *[c.name for c in TABLE if c.family == "activation" or c.name in PREPARED],
         "batch_norm_act",
+        "linear",
     ]
+    if "linear" in names:
+        linears([1 << n for n in range(4, 13)])
     if "batch_norm_act" in names:
         for backend in OPS["batch_norm_act"].backends:
             if backend.name not in ("aten", "reference") and not backend.why_not(

@@ -8,7 +8,6 @@ to each row, or with what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ def _fake(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> 
     """Nothing."""
 
 
-def _torchs(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
+def torchs_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
+    """`into` by torch's products."""
     if add:
         torch.addmm(out, a, b, out=out)
     elif bias is not None:
@@ -35,8 +35,8 @@ def _torchs(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -
         torch.mm(a, b, out=out)
 
 
-_INTO = define(LIBRARY, "product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool add) -> ()", _fake)
-LIBRARY.impl("product_", _torchs, "CompositeExplicitAutograd")
+into = define(LIBRARY, "product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool add) -> ()", _fake)
+LIBRARY.impl("product_", torchs_into, "CompositeExplicitAutograd")
 
 
 @constant
@@ -67,18 +67,10 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     return missing()
 
 
-Into = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]
-
-
-def into(x: Tensor, weight: Tensor) -> Into:
-    """What makes the products of a linear layer and of its gradients: takes what nnfast::product_ takes."""
-    return _torchs if why_not(x, weight) else _INTO
-
-
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b, plus bias: (N,), without gradients; ours, whatever it is worth."""
     out = a.new_empty(a.shape[0], b.shape[1])
-    _INTO(out, a, b, bias, False)
+    into(out, a, b, bias, False)
     return out
 
 

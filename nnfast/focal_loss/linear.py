@@ -30,7 +30,8 @@ from ..core.operator import (
     transformed,
     without_autocast,
 )
-from ..core.product import Into, into
+from ..core.product import into, torchs_into, why_not
+from ..core.product import product as matrix_product
 from . import reference
 from .op import (
     INDEX_DTYPES,
@@ -153,29 +154,31 @@ class _Rows:
         """
         count = tuning.linear_chunk(len(x), len(weight))
         losses: list[Tensor] = []
-        of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+        of_x: list[Tensor] = []
         of_weight: Tensor | None = None
         of_bias: Tensor | None = None
         buffer = x.new_empty(count, len(weight))  # new memory would be new pages, chunk after chunk
-        multiply = into(x[:count], weight)
+        ours = not why_not(x[:count], weight, bias) and (
+            upstream is None or not torch._C._functorch.is_legacy_batchedtensor(upstream)
+        )
         for begin in range(0, len(x), count):
             rows = slice(begin, begin + count)
             some = x[rows]
             logits = buffer[: len(some)]
-            multiply(logits, some, weight.t(), bias, False)
+            (into if ours else torchs_into)(logits, some, weight.t(), bias, False)
             grad = None if upstream is None else upstream[rows]
             loss, slope = self.slopes(logits, target[rows], grad, *self.options)
             losses.append(loss)
             if slope is None:
                 continue
-            if of_x is not None:
-                multiply(of_x[rows], slope, weight, None, False)
+            if needs[0]:
+                of_x.append(matrix_product(slope, weight) if ours else slope @ weight)
             if needs[1]:
-                of_weight = _add_product(multiply, of_weight, slope.t(), some)
+                of_weight = _add_product(ours, of_weight, slope.t(), some)
             if needs[2]:
                 part = slope.sum(0, dtype=loss.dtype)
                 of_bias = part if of_bias is None else of_bias.add_(part)
-        return torch.cat(losses), (of_x, of_weight, of_bias)
+        return torch.cat(losses), (torch.cat(of_x) if of_x else None, of_weight, of_bias)
 
     def differentiable(
         self, grad: Tensor, inputs: Sequence[Any], target: Tensor, needs: Sequence[bool]
@@ -189,14 +192,14 @@ class _Rows:
         return [next(found) if need else None for need in needs]
 
 
-def _add_product(multiply: Into, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def _add_product(ours: bool, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in the compute dtype, in total's memory."""
-    if total is not None and total.dtype == a.dtype:
-        multiply(total, a, b, None, True)
+    if total is None:
+        return matrix_product(a, b) if ours else reference.wide(a @ b)
+    if ours:
+        into(total, a, b, None, True)
         return total
-    part = a.new_empty(len(a), b.shape[1])
-    multiply(part, a, b, None, False)
-    return reference.wide(part) if total is None else total.add_(part)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 _FLOAT16_SCALE = 256.0

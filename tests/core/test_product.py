@@ -187,7 +187,7 @@ def test_encoder_layer(training, monkeypatch):
     nnfast.swap(ours)
     x, grad = randn(3, 40, 32), randn(3, 40, 32, seed=1)
     calls = []
-    monkeypatch.setattr(product, "_INTO", lambda *args, into=product._INTO: calls.append(args) or into(*args))
+    monkeypatch.setattr(product, "into", lambda *args, into=product.into: calls.append(args) or into(*args))
 
     def run(m):
         dtype = m.linear1.weight.dtype
@@ -222,6 +222,21 @@ def test_focal_loss_of_a_linear_layer():
     truth, torchs = run("reference", torch.float64), run("aten", torch.float32)
     for one, other, true in zip(run("cpu", torch.float32), torchs, truth, strict=True):
         check(one, other, true)
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("name", ["linear", "loss"])
+def test_batched_gradients(name):
+    x, w = randn(6, 40).requires_grad_(), randn(20, 40, seed=1).requires_grad_()
+    if name == "linear":
+        y = product.linear(x, w)
+    else:
+        y = nnfast.functional.linear_focal_loss(x, w, torch.arange(6), reduction="none")
+    uppers = randn(3, *y.shape, seed=2)
+    batched = torch.autograd.grad(y, (x, w), uppers, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, (x, w), upper, retain_graph=True) for upper in uppers]
+    for found, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
 
 
 @pytest.mark.usefixtures("ours")
