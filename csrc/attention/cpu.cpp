@@ -13,12 +13,14 @@ namespace nnfast::cpu {
 // they may hold: half of a second cache.
 constexpr int64_t most_blocks = 8, most_held = 256 << 10;
 
-// Keys of a block: its scores fill half of a first cache, of 32 KB or, where there is AVX-512, mostly more.
+// Queries and keys of a block in forward: its scores fill half of a first cache, of 32 KB or, where there is
+// AVX-512, mostly more.
+constexpr int forward_queries = 64;
 template <int bytes>
 constexpr int forward_keys = bytes == 64 ? 128 : 64;
 
-// Vectors that go through the softmax side by side.
-constexpr int group = 4;
+// The same in backward, whose products make 6 rows at once, or 14 with AVX-512: of these sizes few are left.
+constexpr int query_block = 96, key_block = 132;
 
 // out: strides of (N, H, Lq), features side by side. begin, end: spans of queries of a head
 template <class T>
@@ -33,26 +35,26 @@ struct Forward {
   template <int bytes>
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t width = whole_panels<T, bytes>(p.values);
-    const Scratch<T> q(queries_each * p.head), raw(p.weight || p.cos.data ? query_block * p.head : 0),
+    const Scratch<T> q(queries_each * p.head), raw(p.weight || p.cos.data ? forward_queries * p.head : 0),
         k(forward_keys<bytes> * p.head), v(forward_keys<bytes> * width), out(queries_each * width),
-        s(forward_keys<bytes> * query_block), ends(2 * queries_each);
+        s(forward_keys<bytes> * forward_queries), ends(2 * queries_each);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / spans(), first = task % spans() * queries_each;
-      const Scores<T, bytes> scores(p, row / p.heads, row % p.heads);
+      const Scores<T, bytes, forward_queries> scores(p, row / p.heads, row % p.heads);
       one(scores, first, std::min(p.queries - first, queries_each), q, raw, k, v, out, s, ends);
     }
   }
 
  private:
   template <int bytes>
-  NNFAST_INLINE void one(const Scores<T, bytes>& scores, int64_t first, int64_t queries, T* q, T* raw, T* k,
-                         T* v, T* out, T* s, T* ends) const {
+  NNFAST_INLINE void one(const Scores<T, bytes, forward_queries>& scores, int64_t first, int64_t queries,
+                         T* q, T* raw, T* k, T* v, T* out, T* s, T* ends) const {
     const int64_t n = scores.n, h = scores.h, of_keys = p.key_head(h);
     const int64_t width = whole_panels<T, bytes>(p.values);
     const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
     T *most = ends, *sum = ends + queries_each;
-    for (int64_t i = 0; i < queries; i += query_block) {
-      const int64_t columns = std::min<int64_t>(queries - i, query_block);
+    for (int64_t i = 0; i < queries; i += forward_queries) {
+      const int64_t columns = std::min<int64_t>(queries - i, forward_queries);
       const T* from = p.q.at(n, h) + (first + i) * p.q.l;
       int64_t row = p.q.l, column = p.q.d;
       if (p.cos.data) {
@@ -74,20 +76,20 @@ struct Forward {
       else
         copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k, p.added_to(1, h));
       pack_rows<bytes>(from_v + j * p.v.l, p.v.l, p.v.d, rows, p.values, T(1), v, p.added_to(2, h));
-      for (int64_t i = 0; i < queries; i += query_block) {
-        const int columns = int(std::min<int64_t>(queries - i, query_block));
+      for (int64_t i = 0; i < queries; i += forward_queries) {
+        const int columns = int(std::min<int64_t>(queries - i, forward_queries));
         const Range seen = scores.seen(first + i, first + i + columns);
         const int64_t skipped = std::clamp<int64_t>(seen.begin - j, 0, rows);
         const int left = int(std::min<int64_t>(seen.end - j, rows) - skipped);
         if (left <= 0) continue;
         scores.compute(first + i, columns, j + skipped, left, k + skipped * p.head, q + i * p.head, s);
         const int64_t share =
-            (forward_keys<bytes> * query_block + queries - 1) / queries;  // of the next rows
-        const int64_t next = j + forward_keys<bytes> + i / query_block * share;
+            (forward_keys<bytes> * forward_queries + queries - 1) / queries;  // of the next rows
+        const int64_t next = j + forward_keys<bytes> + i / forward_queries * share;
         Ahead ahead{from_k, from_v, next, std::min({next + share, j + 2 * forward_keys<bytes>, all.end})};
         weigh(scores, first + i, columns, j + skipped, left, s, most + i, sum + i, out + i * width, width,
               ahead);
-        multiply<bytes>(Gemm<T>{columns, p.values, left, s, 1, query_block,
+        multiply<bytes>(Gemm<T>{columns, p.values, left, s, 1, forward_queries,
                                 v + skipped * GemmShape<T, bytes>::panel, out + i * width, width, true,
                                 rows * GemmShape<T, bytes>::panel});
       }
@@ -148,18 +150,18 @@ struct Forward {
 
   // Scores to e^(score - most), which `most` is raised for, and what it had been comes to in sum and out.
   template <int bytes>
-  NNFAST_INLINE void weigh(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows, T* s,
-                           T* most, T* sum, T* out, int64_t width, Ahead& ahead) const {
+  NNFAST_INLINE void weigh(const Scores<T, bytes, forward_queries>& scores, int64_t i, int columns, int64_t j,
+                           int rows, T* s, T* most, T* sum, T* out, int64_t width, Ahead& ahead) const {
     using V = typename VectorOf<T, bytes>::type;
-    constexpr int lanes = bytes / sizeof(T);
+    constexpr int lanes = scores.lanes, group = scores.group;
     const int64_t fetched = (ahead.end - ahead.next) * key_group / rows + 1;  // rows, with each group
-    alignas(64) T shrunk[query_block], factors[4 * query_block];
+    alignas(64) T shrunk[forward_queries], factors[4 * forward_queries];
     for (int c = 0; c < columns; c += group * lanes) {
       V old[group], raised[group];
       for (int g = 0; g < group; ++g) raised[g] = old[g] = load<V>(most + c + g * lanes);
       for (int r = 0; r < rows; ++r)
         for (int g = 0; g < group; ++g)
-          raised[g] = max(load<V>(s + r * query_block + c + g * lanes), raised[g]);
+          raised[g] = max(load<V>(s + r * forward_queries + c + g * lanes), raised[g]);
       for (int g = 0; g < group; ++g) {
         store(most + c + g * lanes, raised[g]);
         raised[g] = raised[g] == -scores.infinity ? V{} : raised[g];  // or blind queries would be NaN
@@ -175,7 +177,7 @@ struct Forward {
         V some[group] = {};
         fetch(ahead, fetched);
         for (int r = first; r < std::min(first + key_group, rows); ++r) {
-          T* const at = s + r * query_block + c;
+          T* const at = s + r * forward_queries + c;
           V e[group];
           for (int g = 0; g < group; ++g) e[g] = load<V>(at + g * lanes) - raised[g];
           decay(e);
@@ -188,7 +190,7 @@ struct Forward {
     if (p.drops)
       for (int r = 0; r < rows; ++r) {
         if (r % 4 == 0) scores.dropout(i, columns, j + r, factors);
-        T *at = s + r * query_block, *factor = factors + r % 4 * query_block;
+        T *at = s + r * forward_queries, *factor = factors + r % 4 * forward_queries;
         for (int c = 0; c < columns; c += lanes) store(at + c, load<V>(at + c) * load<V>(factor + c));
       }
     for (int c = 0; c < columns; ++c, out += width)
@@ -196,6 +198,12 @@ struct Forward {
         for (int64_t d = 0; d < width; d += lanes) store(out + d, load<V>(out + d) * shrunk[c]);
   }
 };
+
+// Whether a block of the scores has all keys that its queries see, and their probabilities as they are.
+template <class T>
+NNFAST_INLINE bool whole(const Attention<T>& p) {
+  return p.keys <= key_block && !p.drops;
+}
 
 // What the gradients of one block of queries start from.
 template <class T>
@@ -208,7 +216,7 @@ struct Upstream {
 template <class T, int bytes>
 struct Block {
   using V = typename VectorOf<T, bytes>::type;
-  static constexpr int lanes = bytes / sizeof(T);
+  static constexpr int lanes = bytes / sizeof(T), group = Scores<T, bytes, query_block>::group;
   T *q, *grad;            // transposed
   T *q_rows, *grad_rows;  // as they are, where given
   T *lse, *delta;         // (query_block,); delta is not yet of the probabilities where blocks are whole
@@ -230,7 +238,7 @@ struct Block {
       const T of_row = up.lse[row + c];
       lse[c] = of_row == -std::numeric_limits<T>::infinity() ? T{} : of_row;  // e^-inf is 0 then as well
       const T sum =
-          p.whole() ? T{} : product(from + c * up.grad.l, up.grad.d, out + c * up.out.l, up.out.d, p.values);
+          whole(p) ? T{} : product(from + c * up.grad.l, up.grad.d, out + c * up.out.l, up.out.d, p.values);
       delta[c] = up.grad_lse ? sum - up.grad_lse[row + c] : sum;
     }
   }
@@ -246,12 +254,12 @@ struct Block {
   }
 
   // ds: the gradient of the scores, and s: the probabilities, after dropout. k, v: (rows, D) without gaps.
-  NNFAST_INLINE void compute(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j, int rows,
-                             const T* k, const T* v) const {
+  NNFAST_INLINE void compute(const Scores<T, bytes, query_block>& scores, int64_t i, int columns, int64_t j,
+                             int rows, const T* k, const T* v) const {
     const Attention<T>& p = scores.p;
     scores.compute(i, columns, j, rows, k, q, s, slope);
     multiply<bytes>(Gemm<T>{rows, columns, p.values, v, p.values, 1, grad, ds, query_block, false});
-    if (p.whole())
+    if (whole(p))
       normalised(columns, rows);
     else
       weighted(scores, i, columns, j, rows);
@@ -262,7 +270,7 @@ struct Block {
 
  private:
   // Scores to probabilities, e^(score - lse), and their gradients to those of the scores.
-  NNFAST_INLINE void weighted(const Scores<T, bytes>& scores, int64_t i, int columns, int64_t j,
+  NNFAST_INLINE void weighted(const Scores<T, bytes, query_block>& scores, int64_t i, int columns, int64_t j,
                               int rows) const {
     const Attention<T>& p = scores.p;
     alignas(64) T factors[4 * query_block];
@@ -354,26 +362,27 @@ struct Backward {
                              s + key_block * query_block,
                              p.caps() ? s + 2 * key_block * query_block : nullptr};
     };
-    const int64_t step = parts * query_block;
+    const int64_t step = parts * p.block;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / parts, n = row / p.key_heads, of_keys = row % p.key_heads;
       const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
       copy_rows(from_k, p.k.l, p.k.d, p.keys, p.head, static_cast<T*>(k));
       copy_rows(from_v, p.v.l, p.v.d, p.keys, p.values, static_cast<T*>(v));
-      pack_rows<bytes>(from_k, p.k.l, p.k.d, p.keys, p.head, T(1), static_cast<T*>(k_rows));
+      for (int64_t j = 0; j < p.keys; j += key_block)
+        pack_rows<bytes>(from_k + j * p.k.l, p.k.l, p.k.d, keys_of(j), p.head, T(1), k_rows + j * k_width);
       T* dk_sum = parts > 1 ? partial + task * p.keys * (k_width + v_width) : static_cast<T*>(sums);
       T* dv_sum = dk_sum + p.keys * k_width;
       std::fill_n(dk_sum, p.keys * (k_width + v_width), T{});
       const int64_t group = p.heads / p.key_heads;
       for (int64_t h = of_keys * group; h < (of_keys + 1) * group; ++h) {
-        const Scores<T, bytes> scores(p, n, h);
-        for (int64_t first = task % parts * query_block; first < p.queries; first += together * step) {
+        const Scores<T, bytes, query_block> scores(p, n, h);
+        for (int64_t first = task % parts * p.block; first < p.queries; first += together * step) {
           const int64_t last = std::min(first + together * step, p.queries);
           std::fill_n(static_cast<T*>(of_q), together * query_block * k_width, T{});
           for (int64_t i = first, b = 0; i < last; i += step, ++b)
             block(b).start(p, up, n, h, i, p.columns(i));
           const Range all = scores.seen(first, last);
-          for (int64_t j = all.begin; j < all.end; j += key_block)
+          for (int64_t j = all.begin / key_block * key_block; j < all.end; j += key_block)
             for (int64_t i = first, b = 0; i < last; i += step, ++b) {
               const int columns = p.columns(i);
               const Range seen = scores.seen(i, i + columns);
@@ -386,8 +395,9 @@ struct Backward {
                                     dv_sum + from * v_width, v_width, true});
               within<bytes>(Gemm<T>{rows, p.head, columns, one.ds, query_block, 1, one.q_rows,
                                     dk_sum + from * k_width, k_width, true});
-              within<bytes>(Gemm<T>{columns, p.head, rows, one.ds, 1, query_block, k_rows + from * panel,
-                                    of_q + b * query_block * k_width, k_width, true, p.keys * panel});
+              within<bytes>(Gemm<T>{columns, p.head, rows, one.ds, 1, query_block,
+                                    k_rows + j * k_width + (from - j) * panel,
+                                    of_q + b * query_block * k_width, k_width, true, keys_of(j) * panel});
             }
           for (int64_t i = first, b = 0; i < last; i += step, ++b)
             put(of_q + b * query_block * k_width, k_width, p.columns(i), p.head, p.scale,
@@ -400,6 +410,9 @@ struct Backward {
       }
     }
   }
+
+  // Keys of the block that begins with key j.
+  NNFAST_INLINE int64_t keys_of(int64_t j) const { return std::min<int64_t>(p.keys - j, key_block); }
 
   static NNFAST_INLINE void put(const T* from, int64_t width, int64_t rows, int64_t columns, T factor, T* to,
                                 const Operand<T>& strides) {
@@ -465,8 +478,8 @@ struct BiasBackward {
       for (int64_t n = batch.begin; n < batch.end; ++n)
         for (int64_t h = heads.begin; h < heads.end; ++h)
           for (int64_t i = queries.begin; i < queries.end; ++i)
-            sum(Scores<T, bytes>(p, n, h), block, i * query_block, keys, k, v, total);
-      put(total, plane, row * query_block, column * key_block);
+            sum(Scores<T, bytes, query_block>(p, n, h), block, i * p.block, keys, k, v, total);
+      put(total, plane, row * p.block, column * key_block);
     }
   }
 
@@ -477,7 +490,7 @@ struct BiasBackward {
   }
 
   template <int bytes>
-  NNFAST_INLINE void sum(const Scores<T, bytes>& scores, const Block<T, bytes>& block, int64_t i,
+  NNFAST_INLINE void sum(const Scores<T, bytes, query_block>& scores, const Block<T, bytes>& block, int64_t i,
                          const Range& keys, T* k, T* v, T* total) const {
     const int64_t n = scores.n, of_keys = p.key_head(scores.h);
     const int columns = p.columns(i);
@@ -503,7 +516,7 @@ struct BiasBackward {
     if (sizes[3] == 1)
       for (int r = 1; r < key_block; ++r)
         for (int c = 0; c < query_block; ++c) total[c] += total[r * query_block + c];
-    for (int64_t c = 0; c < query_block && i + c < sizes[2]; ++c)
+    for (int64_t c = 0; c < p.block && i + c < sizes[2]; ++c)
       for (int64_t r = 0; r < key_block && j + r < sizes[3]; ++r)
         db[(plane * sizes[2] + i + c) * sizes[3] + j + r] = total[r * query_block + c];
   }
@@ -563,6 +576,8 @@ Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const T
   if (slopes) p.slopes = {data<T>(*slopes), slopes->stride(0), slopes->stride(1), 0, 0};
   p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.head = q.size(3);
   p.key_heads = k.size(1), p.keys = k.size(2), p.values = v.size(3);
+  const int64_t blocks = std::max<int64_t>((p.queries + query_block - 1) / query_block, 1);
+  p.block = std::max<int64_t>(((p.queries + blocks - 1) / blocks + 15) / 16 * 16, 16);  // of about one size
   const int64_t unlimited = p.queries + p.keys;
   p.left = left < 0 ? unlimited : std::min(left, unlimited);
   p.right = is_causal ? 0 : right < 0 ? unlimited : std::min(right, unlimited);
@@ -626,13 +641,13 @@ std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Ten
                     {length_first ? row : p.queries * row, p.values, length_first ? p.batch * row : row, 1});
     Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries});
     expect_writes(out.mutable_data_ptr(), out.numel() * sizeof(T));
-    const int64_t heads = p.batch * p.heads, blocks = p.blocks();
+    const int64_t heads = p.batch * p.heads, blocks = (p.queries + forward_queries - 1) / forward_queries;
     if (heads * blocks == 0) return std::make_tuple(out, lse);
-    const int64_t held = query_block * (p.head + p.values) * sizeof(T);
+    const int64_t held = forward_queries * (p.head + p.values) * sizeof(T);
     int64_t each = std::clamp<int64_t>(most_held / std::max<int64_t>(held, 1), 1, most_blocks);
     while (each > 1 && heads * ((blocks + each - 1) / each) < 2 * int64_t(torch::stable::get_num_threads()))
       --each;  // or threads would have none
-    const Forward<T> loop{p, each * query_block, static_cast<T*>(out.mutable_data_ptr()),
+    const Forward<T> loop{p, each * forward_queries, static_cast<T*>(out.mutable_data_ptr()),
                           static_cast<T*>(lse.mutable_data_ptr()), operand<T>(out)};
     parallel(heads * loop.spans(), 1, loop);
     return std::make_tuple(out, lse);

@@ -12,8 +12,6 @@
 
 namespace nnfast::cpu {
 
-constexpr int query_block = 64, key_block = 128;
-
 // Keys that are summed before they are added to others, so that rounding grows with the number of such
 // groups.
 constexpr int key_group = 8;
@@ -39,6 +37,7 @@ struct Attention {
   Operand<T> cos, sin;       // (N, H, L, R), by which queries and keys turn then
   Turn<T> turn;
   int64_t batch, heads, key_heads, queries, keys, head, values;
+  int64_t block;        // queries of a block in backward
   int64_t left, right;  // no less than both lengths where there is no limit
   T scale, softcap;
   bool drops;
@@ -46,13 +45,10 @@ struct Attention {
   uint32_t least;  // word of an element that is kept
   T kept;          // its factor
 
-  NNFAST_INLINE int64_t blocks() const { return (queries + query_block - 1) / query_block; }
+  NNFAST_INLINE int64_t blocks() const { return (queries + block - 1) / block; }
 
   // Queries of the block that begins with query i.
-  NNFAST_INLINE int columns(int64_t i) const { return int(std::min<int64_t>(queries - i, query_block)); }
-
-  // Whether a block of the scores has all keys that its queries see, and their probabilities as they are.
-  NNFAST_INLINE bool whole() const { return keys <= key_block && !drops; }
+  NNFAST_INLINE int columns(int64_t i) const { return int(std::min(queries - i, block)); }
 
   NNFAST_INLINE bool caps() const { return softcap != 0; }
 
@@ -160,7 +156,7 @@ NNFAST_INLINE void decay(V (&x)[count]) {
     if constexpr (host::has_scale<V>)
       x[i] = host::scale(x[i] < lowest ? V{} : power[i].p, power[i].n);
     else
-      x[i] = x[i] < lowest ? V{} : power[i].p * power[i].two_to_n();
+      x[i] = x[i] < lowest ? V{} : power[i].raised();
 }
 
 // tanh(x) to about one unit in the last place of float: 1 - 2 / (e^2x + 1), or below 0.625 Cephes'
@@ -184,12 +180,14 @@ NNFAST_INLINE V tanh(V x) {
   return x < 0 ? -t : t;
 }
 
-// What the scores of one head are computed from.
-template <class T, int bytes>
+// What the scores of one head are computed from. block: queries of a block of them, at most
+template <class T, int bytes, int block>
 struct Scores {
   using V = typename VectorOf<T, bytes>::type;
   using Bits = typename Lanes<V>::Bits;
   static constexpr int lanes = bytes / sizeof(T);
+  static constexpr int group = block % (8 * lanes) == 0 ? 8 : block % (6 * lanes) == 0 ? 6 : 4;
+  static_assert(block % (group * lanes) == 0);  // vectors that go through the softmax side by side
   static constexpr T infinity = std::numeric_limits<T>::infinity();
 
   const Attention<T>& p;
@@ -209,12 +207,12 @@ struct Scores {
     return {begin, std::max(begin, std::min(unpadded.end, last + p.right))};
   }
 
-  // s: (rows, query_block) of keys from j on and `columns` queries from i on; -inf where a key is unseen.
+  // s: (rows, block) of keys from j on and `columns` queries from i on; -inf where a key is unseen.
   // k: (rows, head) without gaps; q: scaled and transposed, as `pack_columns` does it. slope: null, or what
   // the derivatives of the soft cap are left in
   NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q, T* s,
                              T* slope = nullptr) const {
-    multiply<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, query_block, false});
+    multiply<bytes>(Gemm<T>{rows, columns, p.head, k, p.head, 1, q, s, block, false});
     if (p.caps()) cap(columns, rows, s, slope);
     if (p.slopes.data) add_slopes(i, columns, j, rows, s);
     if (of_pairs(p.bias)) add_bias(i, columns, j, rows, s);
@@ -223,7 +221,7 @@ struct Scores {
     if (j + rows - 1 > i + p.right || j < i + columns - 1 - p.left) hide(i, columns, j, rows, s);
   }
 
-  // What dropout does to the probabilities of 4 keys from j on: 0 or a factor, (4, query_block).
+  // What dropout does to the probabilities of 4 keys from j on: 0 or a factor, (4, block).
   NNFAST_INLINE void dropout(int64_t i, int columns, int64_t j, T* factors) const {
     using Random = Philox<bytes>;
     constexpr int words = bytes / sizeof(uint32_t);
@@ -232,10 +230,9 @@ struct Scores {
       Random::run(p.seed, uint32_t(j / 4), uint32_t(i + c), uint32_t(n * p.heads + h), word);
       for (int w = 0; w < 4; ++w)
         if constexpr (sizeof(T) == 4) {
-          store(factors + w * query_block + c, word[w] >= p.least ? V{} + p.kept : V{});
+          store(factors + w * block + c, word[w] >= p.least ? V{} + p.kept : V{});
         } else {
-          for (int l = 0; l < words; ++l)
-            factors[w * query_block + c + l] = word[w][l] >= p.least ? p.kept : 0;
+          for (int l = 0; l < words; ++l) factors[w * block + c + l] = word[w][l] >= p.least ? p.kept : 0;
         }
     }
   }
@@ -252,7 +249,7 @@ struct Scores {
   }
 
   NNFAST_INLINE void cap(int columns, int rows, T* s, T* slope) const {
-    for (int at = 0; at < rows * query_block; at += query_block)
+    for (int at = 0; at < rows * block; at += block)
       for (int c = at; c < at + columns; c += lanes) {
         const V t = tanh(load<V>(s + c) / p.softcap);
         store(s + c, t * p.softcap);
@@ -264,7 +261,7 @@ struct Scores {
     const V slope = V{} + p.slopes.at(n, h)[0];
     V lane = {};
     for (int l = 0; l < lanes; ++l) lane[l] = T(l);
-    for (int r = 0; r < rows; ++r, s += query_block)
+    for (int r = 0; r < rows; ++r, s += block)
       for (int c = 0; c < columns; c += lanes) {
         const V behind = lane + T(i + c + p.keys - p.queries - (j + r));
         store(s + c, load<V>(s + c) - slope * (behind < 0 ? -behind : behind));
@@ -281,20 +278,20 @@ struct Scores {
           for (int l = 0; l < lanes; ++l) square[l] = load<V>(bias + (c + l) * p.bias.l + r);
           transpose<lanes / 2>(square);
           for (int l = 0; l < lanes; ++l) {
-            T* at = s + (r + l) * query_block + c;
+            T* at = s + (r + l) * block + c;
             store(at, load<V>(at) + square[l]);
           }
         }
       for (; r < rows; ++r)
         for (int l = c; l < std::min(c + lanes, columns); ++l)
-          s[r * query_block + l] += bias[l * p.bias.l + r * p.bias.d];
+          s[r * block + l] += bias[l * p.bias.l + r * p.bias.d];
     }
   }
 
   // Side by side, 4 keys' bytes of a query are a word.
   NNFAST_INLINE void add_mask(int64_t i, int columns, int64_t j, int rows, T* s) const {
     const uint8_t* mask = p.mask.at(n, h) + i * p.mask.l + j * p.mask.d;
-    alignas(64) typename Lanes<V>::Element as_words[query_block];
+    alignas(64) typename Lanes<V>::Element as_words[block];
     int r = 0;
     if (p.mask.d == 1)
       for (; r + 4 <= rows; r += 4) {
@@ -307,7 +304,7 @@ struct Scores {
         for (int c = 0; c < columns; c += lanes) {
           const Bits word = load<Bits>(as_words + c);
           for (int l = 0; l < 4; ++l) {
-            T* at = s + (r + l) * query_block + c;
+            T* at = s + (r + l) * block + c;
             const V score = load<V>(at);
             store(at, (word >> 8 * l & 255) == 0 ? V{} - infinity : score);
           }
@@ -315,14 +312,14 @@ struct Scores {
       }
     for (; r < rows; ++r)
       for (int c = 0; c < columns; ++c)
-        if (!mask[c * p.mask.l + r * p.mask.d]) s[r * query_block + c] = -infinity;
+        if (!mask[c * p.mask.l + r * p.mask.d]) s[r * block + c] = -infinity;
   }
 
   NNFAST_INLINE void add_keys(int columns, int64_t j, int rows, T* s) const {
     const T* bias = of_keys(p.bias) ? p.bias.at(n, h) : nullptr;
     const uint8_t* mask = of_keys(p.mask) ? p.mask.at(n, h) : nullptr;
     const uint8_t* padding = p.padding.data ? p.padding.at(n, 0) : nullptr;
-    for (int r = 0; r < rows; ++r, s += query_block) {
+    for (int r = 0; r < rows; ++r, s += block) {
       if ((padding && padding[(j + r) * p.padding.l]) || (mask && !mask[(j + r) * p.mask.d])) {
         std::fill_n(s, columns, -infinity);
       } else if (bias) {
@@ -333,7 +330,7 @@ struct Scores {
   }
 
   NNFAST_INLINE void hide(int64_t i, int columns, int64_t j, int rows, T* s) const {
-    for (int r = 0; r < rows; ++r, s += query_block) {
+    for (int r = 0; r < rows; ++r, s += block) {
       const int64_t first = std::clamp<int64_t>(j + r - p.right - i, 0, columns);
       const int64_t end = std::clamp<int64_t>(j + r + p.left + 1 - i, first, columns);
       std::fill(s, s + first, -infinity);

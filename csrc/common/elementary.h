@@ -107,6 +107,14 @@ struct Power {
     return __builtin_bit_cast(T, (__builtin_bit_cast(Bits, shifted) + Constants::bias)
                                      << Constants::mantissa_bits);
   }
+
+  // p 2^n, where that is a normal number: n is added to the exponent.
+  NNFAST_INLINE T raised() const {
+    using Constants = ExpConstants<typename Lanes<T>::Element>;
+    using Bits = typename Lanes<T>::Bits;
+    return __builtin_bit_cast(
+        T, __builtin_bit_cast(Bits, p) + (__builtin_bit_cast(Bits, shifted) << Constants::mantissa_bits));
+  }
 };
 
 // Of vectors side by side, a step of all before the next: each waits for the one before it, and processors

@@ -134,11 +134,56 @@ struct Product {
   }
 };
 
+// a b of few elements, in shares of what is summed. begin, end: shares
+template <class T>
+struct Shares {
+  Matrix<T> a, b;
+  int64_t shares;
+  T* sums;  // (shares, rows of a, columns of b)
+
+  template <int bytes>
+  NNFAST_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int64_t panel = GemmShape<T, bytes>::panel, rows = GemmShape<T, bytes>::rows;
+    const int64_t panels = (b.columns + panel - 1) / panel, bands = (a.rows + rows - 1) / rows;
+    const Scratch<T> packed(depth * panels * panel);
+    for (; begin < end; ++begin) {
+      const int64_t first = begin * b.rows / shares, last = (begin + 1) * b.rows / shares;
+      for (int64_t k = first; k < last; k += depth) {
+        const int64_t some = std::min(depth, last - k);
+        within<bytes>(PackPanels<T>{b.part(k, 0, some, b.columns), packed}, 0, panels);
+        within<bytes>(
+            Product<T>{a.part(0, k, a.rows, some), packed, nullptr, sums + begin * a.rows * b.columns,
+                       b.columns, b.columns, k > first, bands, 1},
+            0, bands);
+      }
+    }
+  }
+};
+
+// Most elements of c that each thread sums for itself: they stay in its first cache, or its second.
+constexpr int64_t most_shared = 128 * 128;
+
+// c (+)= a b, or plus a bias, which may be null, where each thread has a share of what is summed.
+template <class T>
+void multiply_shares(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c, int64_t c_row, bool add) {
+  const int64_t shares = torch::stable::get_num_threads(), size = a.rows * b.columns;
+  const Scratch<T> sums(shares * size);
+  parallel(shares, 1, Shares<T>{a, b, shares, sums});
+  for (int64_t i = 0; i < a.rows; ++i)
+    for (int64_t j = 0; j < b.columns; ++j) {
+      T sum = add ? c[i * c_row + j] : bias ? bias[j] : T{};
+      for (int64_t share = 0; share < shares; ++share) sum += sums[share * size + i * b.columns + j];
+      c[i * c_row + j] = sum;
+    }
+}
+
 // c (+)= a b, or plus a bias, which may be null.
 template <class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c, int64_t c_row, bool add) {
   const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
   const int64_t panel = 2 * bytes / sizeof(T), threads = torch::stable::get_num_threads();
+  if (a.rows * b.columns <= most_shared && b.rows >= 4 * depth * threads)
+    return multiply_shares(a, b, bias, c, c_row, add);
   const int64_t rows = bytes == 64 ? GemmShape<T, 64>::rows : GemmShape<T, 32>::rows;
   const int64_t bands = (a.rows + rows - 1) / rows;
   const int64_t width = std::max<int64_t>((b.columns + panel - 1) / panel * panel, panel);
