@@ -155,6 +155,17 @@ def test_linear(shape, bias):
 
 
 @pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("shape", [(96, 64), (3, 32, 64)], ids=str)
+def test_outputs_can_be_written_to(shape):
+    """As by an nn.ReLU(inplace=True) that follows."""
+    x, w = randn(*shape), randn(72, 64, seed=1).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(f(x, w).mul_(2).relu_().square().sum(), w)[0] for f in (product.linear, F.linear)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.usefixtures("ours")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", ["SelfAttention", "MultiheadAttention"])
 def test_modules(name, batch_first):
