@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -474,3 +475,14 @@ def test_samples_cover_both_metrics(case: Case):
     sample = Sample("x", lambda: torch.ones(2))
     assert sample.error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
     assert sample.error(torch.tensor([1.0, 1.5]), torch.ones(2)) == 0.5
+
+
+@pytest.mark.only("activation")
+def test_nested_tensors_are_torchs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.nested.nested_tensor([torch.randn(n, 64) for n in (5000, 3000)])
+        for found, expected in zip(
+            nnfast.functional.silu(x).unbind(), torch.nn.functional.silu(x).unbind(), strict=True
+        ):
+            assert_close(found, expected)

@@ -114,6 +114,8 @@ def plain_why_not(name: str, x: Tensor) -> list[str]:
     reasons = []
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         reasons.append(f"{name} is a {type(x).__name__}; our kernels take plain tensors")
+    if x.is_nested:
+        reasons.append(f"{name} is nested; our kernels take tensors of one shape")
     if x.layout is not torch.strided:
         reasons.append(f"{name} has layout {x.layout}; our kernels take torch.strided")
     if x.dtype not in DTYPES:

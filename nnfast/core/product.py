@@ -62,8 +62,14 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     if forced() not in (None, "cpu"):
         return f"{forced()!r} is forced"
     count, least = x.numel() * weight.shape[0], tuning.PRODUCT * torch.get_num_threads()
-    if count < least or x.numel() < tuning.PRODUCT_ROWS * weight.shape[1]:
+    if count < least or x.numel() < tuning.PRODUCT_ROWS * weight.shape[-1]:
         return f"{count} multiplications; measured to pay from {least} on, of {tuning.PRODUCT_ROWS} rows"
+    if any(t.layout is not torch.strided or t.is_nested for t in given):
+        return "an input is sparse or nested"
+    size = weight.shape
+    if x.dim() < 2 or size[1:] != x.shape[-1:] or (bias is not None and bias.shape != size[:1]):
+        shapes = ", ".join(str(list(t.shape)) for t in given)
+        return f"shapes {shapes}; ours are of (..., K), (N, K) and (N,), others torch's to take or refuse"
     return missing()
 
 
@@ -85,8 +91,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = product(x.reshape(-1, x.shape[-1]), weight.t(), bias)
-    return y.view(*x.shape[:-1], -1)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view, which autograd lets nobody write to
+    into(y.flatten(0, -2), x.flatten(0, -2), weight.t(), bias, False)
+    return y
 
 
 def applied(module: nn.Module, x: Tensor) -> Tensor:
@@ -99,21 +106,22 @@ def applied(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear. Saves x and the weight."""
+    """F.linear. Saves x if the weight needs a gradient and the weight if x does: what is not may change."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.shape = x.shape
         return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows, of_rows = (t.reshape(-1, t.shape[-1]) for t in (x, grad))
+        rows = grad.reshape(-1, grad.shape[-1])
         multiply = torch.mm if by_formula(grad, x, weight) else product
         return (
-            multiply(of_rows, weight).view_as(x) if of_x else None,
-            multiply(of_rows.t(), rows) if of_weight else None,
-            of_rows.sum(0) if of_bias else None,
+            None if weight is None else multiply(rows, weight).view(ctx.shape),
+            None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1])),
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
         )

@@ -155,6 +155,48 @@ def test_linear(shape, bias):
 
 
 @pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("shape", [(96, 64), (3, 32, 64)], ids=str)
+def test_outputs_can_be_written_to(shape):
+    """As by an nn.ReLU(inplace=True) that follows."""
+    x, w = randn(*shape), randn(72, 64, seed=1).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(f(x, w).mul_(2).relu_().square().sum(), w)[0] for f in (product.linear, F.linear)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("asked", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_only_what_a_gradient_needs_may_not_be_written_to(asked):
+    written = {0: [0], 1: [1], 2: [0, 1]}[asked]
+    inputs = [randn(40, 64), randn(72, 64, seed=1), randn(72, seed=2)]
+    inputs[asked].requires_grad_()
+    expected = torch.autograd.grad(F.linear(*inputs).sum(), inputs[asked])
+    y = product.linear(*inputs)
+    for i in written:
+        inputs[i].detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), inputs[asked]), expected)
+    if asked < 2:
+        y = product.linear(*inputs)
+        inputs[1 - asked].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [((6,), (3, 6), (3,)), ((4, 6), (6,), None), ((4, 6), (3, 6), (1,)), ((4, 6), (3, 6), (1, 3))],
+    ids=str,
+)
+def test_shapes_that_only_torchs_take(x, weight, bias):
+    inputs = [randn(*shape, seed=i) for i, shape in enumerate((x, weight, bias)) if shape is not None]
+    assert torch.equal(product.linear(*inputs), F.linear(*inputs))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        product.linear(randn(4, 6), randn(3, 5))
+
+
+@pytest.mark.usefixtures("ours")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", ["SelfAttention", "MultiheadAttention"])
 def test_modules(name, batch_first):
@@ -245,6 +287,9 @@ def test_who_makes_them(monkeypatch):
     assert product.why_not(x, w) == ""
     assert "float32" in product.why_not(x.double(), w.double())
     assert "plain" in product.why_not(x.as_subclass(_Sub), w)
+    assert "sparse" in product.why_not(x.to_sparse(), w)
+    with warnings.catch_warnings(action="ignore"):
+        assert "nested" in product.why_not(torch.nested.nested_tensor([x, x[:5]]), w)
     with nnfast.backend("aten"):
         assert "'aten' is forced" in product.why_not(x, w)
     with torch.autocast("cpu", dtype=torch.bfloat16):
