@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.op import BackendError, Explanation, describe, forced
 from ..core.operator import DTYPES, autocasts, traced, transformed
 from ..core.product import linear
-from ..core.snapshot import Snapshot, hooked
+from ..core.snapshot import Snapshot, altered, hooked_everywhere
 from . import op
 from .module import attention
 
@@ -270,9 +270,9 @@ def _formula_reasons(m: SelfAttention, *tensors: Tensor | None) -> list[str]:
             reasons.append(f"{name} is a {type(child).__name__}; folding needs a plain nn.Linear")
         elif name != "fc_out" and child.bias is not None:
             reasons.append(f"{name} has a bias")
-        elif hooked(child) or "forward" in vars(child):
+        elif altered(child):
             reasons.append(f"{name} has hooks or a forward of its own, which folding would skip")
-    if torch.nn.modules.module._has_any_global_hook():
+    if hooked_everywhere():
         reasons.append("there are hooks on every module, which folding would skip")
     if m.head_dim > op.LARGEST_HEAD:
         reasons.append(f"head_dim is {m.head_dim}; attention takes up to {op.LARGEST_HEAD}")

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from . import extension, tuning
 from .op import constant, forced
 from .operator import LIBRARY, autocasts, by_formula, define, traced, transformed
-from .snapshot import hooked
+from .snapshot import unwatched
 
 
 def _fake(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
@@ -91,8 +91,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def applied(module: nn.Module, x: Tensor) -> Tensor:
     """module(x); of a plain nn.Linear, whose calls nobody watches, what `linear` gives."""
-    watched = hooked(module) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
-    if type(module) is not nn.Linear or watched:
+    if type(module) is not nn.Linear or not unwatched(module):
         result: Tensor = module(x)
         return result
     return linear(x, module.weight, module.bias)
