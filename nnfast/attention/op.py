@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..core import extension, tuning
-from ..core.op import Backend, Op, forced, forced_outside_compile
+from ..core.op import Backend, Explanation, Op, forced, forced_outside_compile
 from ..core.operator import (
     DTYPES,
     LIBRARY,
@@ -459,6 +459,12 @@ def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, in
 
 
 ATTENTION = Attention()
+
+
+def explain_torchs(call: str, reasons: list[str]) -> Explanation:
+    """What `nnfast.explain` says of a module's call, in words, that is torch's for these reasons."""
+    backends = {b.name: [] if b.name == "aten" else reasons for b in ATTENTION.backends}
+    return Explanation(ATTENTION.name, "aten", backends, forced(), call)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:

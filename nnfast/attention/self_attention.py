@@ -105,9 +105,7 @@ class SelfAttention(nn.Module):
         """What `nnfast.explain` says of a call."""
         _check(self, values, keys, query, mask)
         if reasons := _formula_reasons(self, values, keys, query, mask):
-            backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
-            call = describe((values, keys, query, mask), {})
-            return Explanation("attention", "aten", {**backends, "aten": []}, forced(), call)
+            return op.explain_torchs(describe((values, keys, query, mask), {}), reasons)
         with torch.no_grad():
             q, k, v = (_heads(self, x).transpose(1, 2) for x in (query, keys, values))
         arguments = op.arguments(q, k, v, mask=None if mask is None else mask != 0, scale=_scale(self))
