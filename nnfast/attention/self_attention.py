@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.op import BackendError, Explanation, describe, forced
-from ..core.operator import DTYPES, autocasts, traced, transformed
+from ..core.operator import DTYPES, autocasts, requires_grad, traced, transformed
 from ..core.product import linear
 from ..core.snapshot import Snapshot, altered, hooked_everywhere
 from . import op
@@ -186,10 +186,9 @@ def _fold(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, kept: b
 def _weights(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor) -> _Weights:
     names = ("values", "keys", "queries", "fc_out")
     sources: tuple[Any, ...] = tuple(m._modules[name].weight for name in names)  # type: ignore[union-attr]
-    grad = torch.is_grad_enabled() and any(w.requires_grad for w in sources)
     kept = not (
         m.training
-        or grad
+        or requires_grad(*sources)
         or torch.compiler.is_compiling()
         or transformed()
         or traced()

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from . import extension, tuning
 from .op import constant, forced
-from .operator import LIBRARY, autocasts, by_formula, define, traced, transformed
+from .operator import LIBRARY, autocasts, by_formula, define, requires_grad, traced, transformed
 from .snapshot import unwatched
 
 
@@ -111,7 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if why_not(x, weight, bias):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if requires_grad(x, weight, bias):
         result: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _linear(x, weight, bias)

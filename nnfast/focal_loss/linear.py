@@ -25,6 +25,7 @@ from ..core.operator import (
     compute_dtype,
     place_why_not,
     plain_why_not,
+    requires_grad,
     size_not_worth,
     traced,
     transformed,
@@ -289,7 +290,7 @@ def _run_linear(
         if _in_one_piece(slopes, flat, of_class, class_weight):
             loss = rows.whole(*flat)
             loss = loss if reduction == "none" else loss.sum()
-        elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
+        elif not requires_grad(*flat):
             loss = rows.chunked(*flat)[0]
             loss = loss if reduction == "none" else loss.sum()
         else:
@@ -304,9 +305,14 @@ def _run_linear(
 
 def _in_one_piece(slopes: Slopes, flat: tuple[Any, ...], *factors: Tensor | None) -> bool:
     """Transforms, tracing, gradients of factors, and torch.compile of torch's own need all logits."""
-    of_factors = torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
     torchs = isinstance(slopes, partial) and slopes.func is _slopes_by_autograd
-    return not len(flat[0]) or transformed() or traced() or of_factors or (torchs and is_compiling())
+    return (
+        not len(flat[0])
+        or transformed()
+        or traced()
+        or requires_grad(*factors)
+        or (torchs and is_compiling())
+    )
 
 
 def _linear_why_not(

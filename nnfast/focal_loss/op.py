@@ -44,6 +44,7 @@ from ..core.operator import (
     implement,
     place_why_not,
     plain_why_not,
+    requires_grad,
     size_not_worth,
     traced,
     transformed,
@@ -58,7 +59,7 @@ _SIGMOID = "Tensor x, Tensor target, float alpha, float gamma"
 
 def needs_formula(*tensors: Tensor) -> bool:
     """A backward must be differentiable, or is transformed."""
-    return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return transformed() or requires_grad(*tensors)
 
 
 class SoftmaxKernels:
