@@ -179,7 +179,7 @@ void multiply_shares(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c
 
 // c (+)= a b, or plus a bias, which may be null.
 template <class T>
-void multiply(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c, int64_t c_row, bool add) {
+void multiply_matrices(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c, int64_t c_row, bool add) {
   const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
   const int64_t panel = 2 * bytes / sizeof(T), threads = torch::stable::get_num_threads();
   if (a.rows * b.columns <= most_shared && b.rows >= 4 * depth * threads)
@@ -233,8 +233,9 @@ void product_(const Tensor& out, const Tensor& a, const Tensor& b, const Optiona
     using T = decltype(element);
     if (!out.numel()) return;
     const Optional row = with_bias ? Optional(torch::stable::contiguous(*bias)) : Optional();
-    multiply(matrix<T>(a), matrix<T>(b), row ? static_cast<const T*>(row->const_data_ptr()) : nullptr,
-             static_cast<T*>(out.mutable_data_ptr()), out.stride(0), add);
+    multiply_matrices(matrix<T>(a), matrix<T>(b),
+                      row ? static_cast<const T*>(row->const_data_ptr()) : nullptr,
+                      static_cast<T*>(out.mutable_data_ptr()), out.stride(0), add);
   };
   if (a.scalar_type() == ScalarType::Double) return run(double{});
   if (a.scalar_type() != ScalarType::Float)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.operator import attention_out, without_autocast
+from ..core.operator import attention_out, compute_dtype, without_autocast
 from . import reference
 from .reference import Place, Terms, wide
 
@@ -109,7 +109,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Ten
     n, h, queries, _ = q.shape
     values = v.shape[3]
     out = attention_out(q, values)
-    lse = wide(q.new_empty(0)).new_empty(n, h, queries)
+    lse = q.new_empty(n, h, queries, dtype=compute_dtype(q))
     by_flash = _by_flash(q, k, terms)
     if by_flash:
         q, k, v = _one_head_dim(q, k, v)

@@ -82,8 +82,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return self.self_attn.explain(
                 src, src, src, src_key_padding_mask, False, src_mask, is_causal=is_causal
             )
-        backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
-        return Explanation("attention", "aten", {**backends, "aten": []}, forced(), describe((src,), {}))
+        return op.explain_torchs(describe((src,), {}), reasons)
 
 
 _IN_PARTS = "torch's layer calls its parts one after another in training and for gradients"

@@ -113,8 +113,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if forced() is None:
             reasons = reasons or _not_worth(self, call)
         if reasons:
-            backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
-            return Explanation("attention", "aten", {**backends, "aten": []}, forced(), call.described())
+            return op.explain_torchs(call.described(), reasons)
         q, k, v, options = _arguments(self, call, self.in_proj_bias)
         return op.ATTENTION.explain(*op.arguments(q, k, v, **options))
 

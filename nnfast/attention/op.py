@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..core import extension, tuning
-from ..core.op import Backend, Op, forced, forced_outside_compile
+from ..core.op import Backend, Explanation, Op, forced, forced_outside_compile
 from ..core.operator import (
     DTYPES,
     LIBRARY,
@@ -44,6 +44,7 @@ from ..core.operator import (
     implement,
     place_why_not,
     plain_why_not,
+    requires_grad,
     size_not_worth,
     traced,
     transformed,
@@ -87,7 +88,7 @@ class Kernels:
         """Out and lse, with whatever differentiation asks for."""
         result: tuple[Tensor, Tensor]
         terms = _expanded(terms, q, k)
-        if sdpa.requires_grad(q, k, v, terms.bias):
+        if requires_grad(q, k, v, terms.bias):
             apply = _Attention.apply if is_compiling() else _attention
             result = apply(self, q, k, v, *terms)  # type: ignore[no-untyped-call]
         else:
@@ -120,7 +121,7 @@ class _Attention(torch.autograd.Function):
         bias = tensors[2]
         bias_grad = bias is not None and ctx.needs_input_grad[6]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        if transformed() or sdpa.requires_grad(grad_out, grad_lse, q, k, v, bias):
+        if transformed() or requires_grad(grad_out, grad_lse, q, k, v, bias):
             terms = Terms(*tensors, *ctx.options)
             grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
         else:
@@ -208,7 +209,7 @@ def _run_aten(
     q: Tensor, k: Tensor, v: Tensor, terms: Terms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     empty = not q.numel() or not k.shape[2]
-    if transformed() or traced() or empty or sdpa.requires_grad(terms.alibi_slopes):
+    if transformed() or traced() or empty or requires_grad(terms.alibi_slopes):
         return reference.attention(q, k, v, terms)
     if sdpa.expresses(q, terms, return_lse):
         return sdpa.run(q, k, v, terms, return_lse)
@@ -461,6 +462,12 @@ def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, in
 ATTENTION = Attention()
 
 
+def explain_torchs(call: str, reasons: list[str]) -> Explanation:
+    """What `nnfast.explain` says of a module's call, in words, that is torch's for these reasons."""
+    backends = {b.name: [] if b.name == "aten" else reasons for b in ATTENTION.backends}
+    return Explanation(ATTENTION.name, "aten", backends, forced(), call)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
     """Check the arguments, options in the order of `arguments`, and let the chosen backend run.
 
@@ -509,7 +516,7 @@ def rotary_attention(
 
 def _terms_for_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Terms | None:
     """Those of a call that is our CPU kernels' as it is, in q's dtype and without gradients; else None."""
-    if is_compiling() or q.dtype not in _CPU_DTYPES or sdpa.requires_grad(q, k, v):
+    if is_compiling() or q.dtype not in _CPU_DTYPES or requires_grad(q, k, v):
         return None
     if _is_bare(*options) and _is_plain(q, k, v):
         return _bare_terms(q, *options[3:5]) if _is_plain_for_cpu(q, k, v) else None
@@ -517,7 +524,7 @@ def _terms_for_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Terms | No
         return None
     call = arguments(q, k, v, *options)
     terms: Terms = call[3]
-    serves = call[0].dtype == q.dtype and not sdpa.requires_grad(terms.bias)  # autocast has it in another
+    serves = call[0].dtype == q.dtype and not requires_grad(terms.bias)  # autocast has it in another
     return terms if serves and ATTENTION.choose(*call).name == "cpu" else None
 
 
@@ -570,7 +577,7 @@ def projected_attention(
     """
     projections = [x if x is None else x.contiguous() for x in (in_bias, query_weight)]
     options = (mask, key_padding_mask, bias, is_causal, scale, 0.0, None, None, None, None, False)
-    terms = None if sdpa.requires_grad(*projections) else _terms_for_cpu(q, k, v, *options)
+    terms = None if requires_grad(*projections) else _terms_for_cpu(q, k, v, *options)
     out: Tensor
     if terms is None:
         out = attention(*_projected(q, k, v, *projections), *options)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..core.op import describe
+from ..core.operator import compute_dtype
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -140,7 +141,7 @@ def unseen(q: Tensor, k: Tensor, terms: Terms, place: Place = WHOLE) -> Tensor |
 
 def added(q: Tensor, k: Tensor, terms: Terms, place: Place = WHOLE) -> Tensor | None:
     """What is added to the scores, -inf where a key is unseen: broadcastable to (N, H, Lq, Lk), or None."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(q)
     result = None if terms.bias is None else terms.bias.to(dtype)
     if terms.alibi_slopes is not None:
         keys_more = k.shape[2] - q.shape[2] if place.keys_more is None else place.keys_more

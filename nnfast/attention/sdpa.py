@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.operator import transformed
+from ..core.operator import requires_grad, transformed
 from . import reference
 from .reference import Terms
 
@@ -32,15 +32,10 @@ def expresses(q: Tensor, terms: Terms, return_lse: bool) -> bool:
         or max(terms.left, terms.right) >= 0
     ):
         return False
-    of_bias = terms.bias is not None and terms.bias.requires_grad and torch.is_grad_enabled()
+    of_bias = requires_grad(terms.bias)
     if q.is_cpu:
         return not of_bias
     return not return_lse and not (of_bias and is_compiling())
-
-
-def requires_grad(*tensors: Tensor | None) -> bool:
-    """A gradient of any is asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def run(

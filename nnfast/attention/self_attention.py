@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.op import BackendError, Explanation, describe, forced
-from ..core.operator import DTYPES, autocasts, traced, transformed
+from ..core.operator import DTYPES, autocasts, requires_grad, traced, transformed
 from ..core.product import linear
-from ..core.snapshot import Snapshot, hooked
+from ..core.snapshot import Snapshot, altered, hooked_everywhere
 from . import op
 from .module import attention
 
@@ -105,9 +105,7 @@ class SelfAttention(nn.Module):
         """What `nnfast.explain` says of a call."""
         _check(self, values, keys, query, mask)
         if reasons := _formula_reasons(self, values, keys, query, mask):
-            backends = {b.name: reasons for b in op.ATTENTION.backends if b.name != "aten"}
-            call = describe((values, keys, query, mask), {})
-            return Explanation("attention", "aten", {**backends, "aten": []}, forced(), call)
+            return op.explain_torchs(describe((values, keys, query, mask), {}), reasons)
         with torch.no_grad():
             q, k, v = (_heads(self, x).transpose(1, 2) for x in (query, keys, values))
         arguments = op.arguments(q, k, v, mask=None if mask is None else mask != 0, scale=_scale(self))
@@ -188,10 +186,9 @@ def _fold(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor, kept: b
 def _weights(m: SelfAttention, values: Tensor, keys: Tensor, query: Tensor) -> _Weights:
     names = ("values", "keys", "queries", "fc_out")
     sources: tuple[Any, ...] = tuple(m._modules[name].weight for name in names)  # type: ignore[union-attr]
-    grad = torch.is_grad_enabled() and any(w.requires_grad for w in sources)
     kept = not (
         m.training
-        or grad
+        or requires_grad(*sources)
         or torch.compiler.is_compiling()
         or transformed()
         or traced()
@@ -270,9 +267,9 @@ def _formula_reasons(m: SelfAttention, *tensors: Tensor | None) -> list[str]:
             reasons.append(f"{name} is a {type(child).__name__}; folding needs a plain nn.Linear")
         elif name != "fc_out" and child.bias is not None:
             reasons.append(f"{name} has a bias")
-        elif hooked(child) or "forward" in vars(child):
+        elif altered(child):
             reasons.append(f"{name} has hooks or a forward of its own, which folding would skip")
-    if torch.nn.modules.module._has_any_global_hook():
+    if hooked_everywhere():
         reasons.append("there are hooks on every module, which folding would skip")
     if m.head_dim > op.LARGEST_HEAD:
         reasons.append(f"head_dim is {m.head_dim}; attention takes up to {op.LARGEST_HEAD}")

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -25,7 +24,7 @@ from ..convolution.op import Kernels as Convolutions
 from ..core import extension, tuning
 from ..core.op import Backend, Explanation, Op, describe, forced, forced_outside_compile
 from ..core.operator import autocasts, traced, transformed
-from ..core.snapshot import hooked
+from ..core.snapshot import unwatched
 from . import fold, links, replay
 from .module import activation_code, batch_norm_act, norm_of, normalise
 from .op import BATCH_NORM_ACT, again, in_layout, recomputing, takes_any_layout
@@ -481,14 +480,9 @@ def _activate(unit: Unit, y: Tensor) -> Tensor:
     return result
 
 
-def _plain(module: nn.Module) -> bool:
-    """Calling it runs its class's forward, and nobody watches."""
-    return not (hooked(module) or torch_module._has_any_global_hook() or "forward" in vars(module))
-
-
 def _parts(shortcut: nn.Module) -> tuple[Unit, ...] | None:
     """The convolution and batch norm that a shortcut consists of; () if empty, None if it is neither."""
-    if type(shortcut) is not nn.Sequential or not _plain(shortcut):
+    if type(shortcut) is not nn.Sequential or not unwatched(shortcut):
         return None
     children = list(shortcut)
     if not children:
@@ -515,7 +509,7 @@ def _known(unit: Unit) -> tuple[str, float] | None:
     if isinstance(act, str):
         return act, unit.slope
     name = _ACTIVATIONS.get(type(act))
-    if name is None or not _plain(act):
+    if name is None or not unwatched(act):
         return None
     return name, getattr(act, "negative_slope", 0.01)
 

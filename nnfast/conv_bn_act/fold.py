@@ -25,7 +25,7 @@ from ..convolution import winograd
 from ..core import tuning
 from ..core.op import forced
 from ..core.operator import autocasts, plain_why_not
-from ..core.snapshot import Snapshot, Source, hooked
+from ..core.snapshot import Snapshot, Source, hooked, hooked_everywhere
 from . import notes
 
 Run = Callable[..., Tensor]
@@ -165,7 +165,7 @@ def _unplain(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:
         return f"{name} is a {type(module).__name__}; it needs to be {' or '.join(k.__name__ for k in kinds)}"
     if hooked(module):
         return f"{name} has hooks, which a fused call would skip"
-    if torch.nn.modules.module._has_any_global_hook():
+    if hooked_everywhere():
         return "there are hooks on every module, which a fused call would skip"
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return f"{name} has a forward of its own"

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from ..core import tuning
 from ..core.op import Explanation, forced
 from ..core.operator import traced, transformed
-from ..core.snapshot import Snapshot
+from ..core.snapshot import Snapshot, hooked_everywhere
 from . import fold, notes
 
 observers: list[Callable[[Tensor, Explanation], None]] = []
@@ -133,11 +132,7 @@ def again(module: nn.Module, x: Any, holds: Callable[[nn.Module], bool] | None =
 def _plain_call() -> bool:
     """Nobody watches, transforms or forces."""
     return (
-        forced() is None
-        and not observers
-        and not transformed()
-        and not traced()
-        and not torch_module._has_any_global_hook()
+        forced() is None and not observers and not transformed() and not traced() and not hooked_everywhere()
     )
 
 

@@ -1,1 +1,1 @@
-"""What every family stands on: operations and backends, the compiled library, Triton, tuned numbers."""
+"""What every family stands on: operations, the compiled library, Triton, tuned numbers, matrix products."""

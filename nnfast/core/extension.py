@@ -36,7 +36,7 @@ ERROR = _load()
 
 @functools.cache
 def function(name: str) -> Callable[..., int] | None:
-    """A plain C function of the library, called with Python's lock held; None if there is no library."""
+    """A plain C function of the library, called with Python's lock held; None where there is none."""
     return None if ERROR else getattr(ctypes.PyDLL(str(PATH)), name, None)
 
 

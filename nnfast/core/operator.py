@@ -102,11 +102,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """A gradient of any is asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def by_formula(grad: Tensor, *others: Tensor | None) -> bool:
     """A backward pass with these is itself differentiated, or batched, as our kernels are not."""
     if not is_compiling() and (transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)):
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, *others))
+    return requires_grad(grad, *others)
 
 
 def plain_why_not(name: str, x: Tensor) -> list[str]:

@@ -17,8 +17,8 @@ from torch.compiler import is_compiling
 
 from . import extension, tuning
 from .op import constant, forced
-from .operator import LIBRARY, autocasts, by_formula, define, traced, transformed
-from .snapshot import hooked
+from .operator import LIBRARY, autocasts, by_formula, define, requires_grad, traced, transformed
+from .snapshot import unwatched
 
 
 def _fake(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
@@ -51,7 +51,16 @@ def missing() -> str:
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
-    """Why F.linear, of x: (..., K) and weight: (N, K), is torch's; "" if it is ours."""
+    """Why `linear` of these is torch's; "" if it is ours. Computes nothing.
+
+    Args:
+        x: (..., K), of any dtype, on any device.
+        weight: (N, K), likewise.
+        bias: (N,), likewise, or None.
+
+    Returns:
+        The first reason, in words.
+    """
     given = (x, weight) if bias is None else (x, weight, bias)
     if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in given):
         return "an input is no plain tensor"
@@ -74,17 +83,41 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b, plus bias: (N,), without gradients; ours, whatever it is worth."""
+    """a @ b, plus bias, without gradients; ours, whatever it is worth.
+
+    Args:
+        a: (M, K), in float32 or float64, at any strides.
+        b: (K, N), likewise, of a's dtype.
+        bias: (N,), likewise, or None.
+
+    Returns:
+        (M, N), in a's dtype.
+
+    Raises:
+        RuntimeError: for other shapes or dtypes.
+    """
     out = a.new_empty(a.shape[0], b.shape[1])
     into(out, a, b, bias, False)
     return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear."""
+    """F.linear, by our products where `why_not` knows no reason against it; differentiable, again as well.
+
+    Args:
+        x: (..., K), of any dtype that F.linear takes; ours are of float32.
+        weight: (N, K), in x's dtype.
+        bias: (N,), likewise, or None.
+
+    Returns:
+        (..., N), in x's dtype, or autocast's.
+
+    Raises:
+        RuntimeError: for shapes or dtypes that do not fit together.
+    """
     if why_not(x, weight, bias):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if requires_grad(x, weight, bias):
         result: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _linear(x, weight, bias)
@@ -97,9 +130,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def applied(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x); of a plain nn.Linear, whose calls nobody watches, what `linear` gives."""
-    watched = hooked(module) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
-    if type(module) is not nn.Linear or watched:
+    """module(x); of an nn.Linear itself, whose calls nobody watches, what `linear` gives.
+
+    Args:
+        module: any that takes one tensor.
+        x: (..., in_features) for an nn.Linear, as `linear` takes it.
+
+    Returns:
+        (..., out_features), or what another module returns.
+
+    Raises:
+        RuntimeError: as `linear` does, or what another module raises.
+    """
+    if type(module) is not nn.Linear or not unwatched(module):
         result: Tensor = module(x)
         return result
     return linear(x, module.weight, module.bias)

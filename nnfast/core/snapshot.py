@@ -1,4 +1,7 @@
-"""Tensors computed from parameters, kept as long as the parameters stay what they were."""
+"""Tensors computed from parameters, kept as long as the parameters stay what they were.
+
+And whether a call of a module is its class's forward alone, which may then be computed in another way.
+"""
 
 from __future__ import annotations
 
@@ -93,10 +96,24 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def hooked(module: nn.Module) -> bool:
     """Somebody watches the module's calls."""
-    state = vars(module)
+    state = module.__dict__  # vars() is slow, and this is asked at every call
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     )
+
+
+hooked_everywhere: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+"""Somebody watches the calls of every module."""
+
+
+def altered(module: nn.Module) -> bool:
+    """Calling it is not its class's forward alone: it is hooked, or was given a forward of its own."""
+    return hooked(module) or "forward" in module.__dict__
+
+
+def unwatched(module: nn.Module) -> bool:
+    """Calling it runs its class's forward, and nobody watches."""
+    return not (altered(module) or hooked_everywhere())

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..core import tuning
+from ..core import product, tuning
 from ..core.op import Backend, Op
 from ..core.operator import (
     LIBRARY,
@@ -25,13 +25,12 @@ from ..core.operator import (
     compute_dtype,
     place_why_not,
     plain_why_not,
+    requires_grad,
     size_not_worth,
     traced,
     transformed,
     without_autocast,
 )
-from ..core.product import into, torchs_into, why_not
-from ..core.product import product as matrix_product
 from . import reference
 from .op import (
     INDEX_DTYPES,
@@ -43,9 +42,9 @@ from .op import (
     kernel_losses,
     loss_why_not,
     mean_denominator,
+    multiplied,
     needs_formula,
     out_of_range,
-    product,
     reference_losses,
     scaled,
     softmax_kernels,
@@ -109,7 +108,7 @@ def _slopes_by_kernels(
     _: float,
 ) -> tuple[Tensor, Tensor | None]:
     x, target = logits.unsqueeze(-1), target.unsqueeze(-1)
-    loss, slopes = kernels.forward(x, target, product(alpha, weight), gamma, ignore_index)
+    loss, slopes = kernels.forward(x, target, multiplied(alpha, weight), gamma, ignore_index)
     slope = None
     if upstream is not None:
         slope = kernels.backward(upstream.unsqueeze(-1), x, target, slopes, ignore_index).squeeze(-1)
@@ -158,21 +157,21 @@ class _Rows:
         of_weight: Tensor | None = None
         of_bias: Tensor | None = None
         buffer = x.new_empty(count, len(weight))  # new memory would be new pages, chunk after chunk
-        ours = not why_not(x[:count], weight, bias) and (
+        ours = not product.why_not(x[:count], weight, bias) and (
             upstream is None or not torch._C._functorch.is_legacy_batchedtensor(upstream)
         )
         for begin in range(0, len(x), count):
             rows = slice(begin, begin + count)
             some = x[rows]
             logits = buffer[: len(some)]
-            (into if ours else torchs_into)(logits, some, weight.t(), bias, False)
+            (product.into if ours else product.torchs_into)(logits, some, weight.t(), bias, False)
             grad = None if upstream is None else upstream[rows]
             loss, slope = self.slopes(logits, target[rows], grad, *self.options)
             losses.append(loss)
             if slope is None:
                 continue
             if needs[0]:
-                of_x.append(matrix_product(slope, weight) if ours else slope @ weight)
+                of_x.append(product.product(slope, weight) if ours else slope @ weight)
             if needs[1]:
                 of_weight = _add_product(ours, of_weight, slope.t(), some)
             if needs[2]:
@@ -195,9 +194,9 @@ class _Rows:
 def _add_product(ours: bool, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in the compute dtype, in total's memory."""
     if total is None:
-        return matrix_product(a, b) if ours else reference.wide(a @ b)
+        return product.product(a, b) if ours else reference.wide(a @ b)
     if ours:
-        into(total, a, b, None, True)
+        product.into(total, a, b, None, True)
         return total
     return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
@@ -291,7 +290,7 @@ def _run_linear(
         if _in_one_piece(slopes, flat, of_class, class_weight):
             loss = rows.whole(*flat)
             loss = loss if reduction == "none" else loss.sum()
-        elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
+        elif not requires_grad(*flat):
             loss = rows.chunked(*flat)[0]
             loss = loss if reduction == "none" else loss.sum()
         else:
@@ -306,9 +305,14 @@ def _run_linear(
 
 def _in_one_piece(slopes: Slopes, flat: tuple[Any, ...], *factors: Tensor | None) -> bool:
     """Transforms, tracing, gradients of factors, and torch.compile of torch's own need all logits."""
-    of_factors = torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
     torchs = isinstance(slopes, partial) and slopes.func is _slopes_by_autograd
-    return not len(flat[0]) or transformed() or traced() or of_factors or (torchs and is_compiling())
+    return (
+        not len(flat[0])
+        or transformed()
+        or traced()
+        or requires_grad(*factors)
+        or (torchs and is_compiling())
+    )
 
 
 def _linear_why_not(

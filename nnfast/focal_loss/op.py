@@ -44,6 +44,7 @@ from ..core.operator import (
     implement,
     place_why_not,
     plain_why_not,
+    requires_grad,
     size_not_worth,
     traced,
     transformed,
@@ -58,7 +59,7 @@ _SIGMOID = "Tensor x, Tensor target, float alpha, float gamma"
 
 def needs_formula(*tensors: Tensor) -> bool:
     """A backward must be differentiable, or is transformed."""
-    return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return transformed() or requires_grad(*tensors)
 
 
 class SoftmaxKernels:
@@ -465,7 +466,7 @@ def _run_softmax(
     of_class, factor = split_alpha(alpha, dtype)
     weight = None if weight is None else weight.to(dtype)
     if total is not None and reduction != "none" and not transformed():
-        scale = product(of_class, weight)
+        scale = multiplied(of_class, weight)
         loss = total(x, target, scale, weight, float(gamma), ignore_index, reduction == "mean", factor)
         return _as_given(inputs, loss, dtype)
     loss = losses(x, target, of_class, weight, float(gamma), ignore_index, label_smoothing)
@@ -489,7 +490,7 @@ def _as_given(inputs: Tensor, loss: Tensor, compute_dtype: torch.dtype) -> Tenso
     return loss.to(compute_dtype if autocasts(inputs) else inputs.dtype)
 
 
-def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def multiplied(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """a * b, where None is one."""
     return b if a is None else a if b is None else a * b
 
@@ -523,7 +524,7 @@ def kernel_losses(
     _: float,
 ) -> Tensor:
     """Losses (N, S) of indices, by operators."""
-    return kernels(x, target, product(alpha, weight), gamma, ignore_index)
+    return kernels(x, target, multiplied(alpha, weight), gamma, ignore_index)
 
 
 def reference_losses(
@@ -538,7 +539,7 @@ def reference_losses(
     """Losses (N, S), by the formula."""
     if label_smoothing or target.is_floating_point():
         return reference.smoothed_focal_loss(x, target, alpha, weight, gamma, ignore_index, label_smoothing)
-    return reference.softmax_focal_loss(x, target, product(alpha, weight), gamma, ignore_index)
+    return reference.softmax_focal_loss(x, target, multiplied(alpha, weight), gamma, ignore_index)
 
 
 def aten_losses(

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..activation import module as activation
 from ..conv_bn_act import blocks, notes, replay
@@ -21,6 +20,7 @@ from ..conv_bn_act.module import normalise
 from ..conv_bn_act.op import recomputing
 from ..core.op import Explanation
 from ..core.operator import autocasts, traced, transformed
+from ..core.snapshot import altered, hooked_everywhere
 from .rule import Swapped
 
 IDENTITY = ("identity", 0.0)
@@ -103,15 +103,8 @@ class Chain(NamedTuple):
 
 
 def plain(module: nn.Module) -> bool:
-    """Calling it runs its class's forward and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-    )
+    """Calling it runs its class's forward, not compiled, and nothing else but hooks on every module."""
+    return module._compiled_call_impl is None and not altered(module)
 
 
 def is_conv(item: Any) -> bool:
@@ -204,7 +197,7 @@ def eager(x: object) -> bool:
         and not torch.compiler.is_compiling()
         and not traced()
         and not transformed()
-        and not torch_module._has_any_global_hook()
+        and not hooked_everywhere()
     )
 
 
@@ -245,7 +238,7 @@ def in_turn(module: nn.Module, x: Any) -> Any:
     unseen = False
     for child in module._modules.values():
         act = _OUT_OF_PLACE.get(type(child)) if unseen else None
-        if act and (not plain(child) or torch_module._has_any_global_hook()):  # type: ignore[arg-type]
+        if act and (not plain(child) or hooked_everywhere()):  # type: ignore[arg-type]
             act = None
         x = act(x) if act else child(x)  # type: ignore[misc]
         unseen = is_norm(child)

@@ -44,9 +44,9 @@ def pair(dtype=torch.float32, **options):
     return theirs, ours
 
 
-def inputs(kind, batch_first, dtype=torch.float32):
-    """Query, key and value, and N and the lengths."""
-    keys = QUERIES if kind == "self" else KEYS
+def inputs(kind, batch_first, dtype=torch.float32, queries=QUERIES):
+    """Query, key and value, and N and the number of keys."""
+    keys = queries if kind == "self" else KEYS
     kdim, vdim = (6, 10) if kind == "separate" else (EMBED, EMBED)
 
     def make(length, width):
@@ -54,7 +54,7 @@ def inputs(kind, batch_first, dtype=torch.float32):
             return torch.randn(length, width).to(dtype)
         return torch.randn(*((N, length) if batch_first else (length, N)), width).to(dtype)
 
-    query = make(QUERIES, EMBED)
+    query = make(queries, EMBED)
     key = query if kind == "self" else make(keys, kdim)
     value = key if kind in ("self", "key is value") else make(keys, vdim)
     return (query, key, value), (1 if kind == "unbatched" else N, keys)
@@ -234,10 +234,11 @@ def exactly(module, x):
     return [y, of_x, products(of_qkv, x), of_qkv.sum((0, 1)), products(g, o), g.sum((0, 1))]
 
 
-def test_dtypes(dtype):
+@pytest.mark.parametrize("length", [QUERIES, 200])  # of which our CPU kernels take 128 keys at once
+def test_dtypes(length, dtype):
     for batch_first in (False, True):
         theirs, ours = pair(dtype, batch_first=batch_first)
-        given, _ = inputs("self", batch_first, dtype)
+        given, _ = inputs("self", batch_first, dtype, length)
         exact = exactly(theirs, given[0])
         found = results(ours, given, True), results(theirs, given, True)
         for mine, other, value in zip(*found, exact, strict=True):

@@ -70,7 +70,7 @@ def assert_exact(ours, theirs, truth, floor=1e-6):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("lengths", [(7, 7), (3, 40), (40, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(7, 7), (3, 40), (40, 3), (40, 200), (1, 1)], ids=str)
 @pytest.mark.parametrize("sizes", [(32, 4), (24, 1), (6, 3)], ids=str)
 def test_the_seeds_numbers(sizes, lengths, mask, dtype):
     torch.manual_seed(0)
