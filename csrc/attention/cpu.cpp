@@ -367,7 +367,10 @@ struct Backward {
       const int64_t row = task / parts, n = row / p.key_heads, of_keys = row % p.key_heads;
       const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
       copy_rows(from_k, p.k.l, p.k.d, p.keys, p.head, static_cast<T*>(k));
-      copy_rows(from_v, p.v.l, p.v.d, p.keys, p.values, static_cast<T*>(v));
+      // one, where projections are folded
+      const bool same = from_v == from_k && p.v.l == p.k.l && p.v.d == p.k.d && p.values == p.head;
+      if (!same) copy_rows(from_v, p.v.l, p.v.d, p.keys, p.values, static_cast<T*>(v));
+      const T* const values = same ? k : v;
       for (int64_t j = 0; j < p.keys; j += key_block)
         pack_rows<bytes>(from_k + j * p.k.l, p.k.l, p.k.d, keys_of(j), p.head, T(1), k_rows + j * k_width);
       T* dk_sum = parts > 1 ? partial + task * p.keys * (k_width + v_width) : static_cast<T*>(sums);
@@ -390,7 +393,7 @@ struct Backward {
               const int rows = int(std::min(seen.end, j + key_block) - from);
               if (rows <= 0) continue;
               const Block<T, bytes> one = block(b);
-              one.compute(scores, i, columns, from, rows, k + from * p.head, v + from * p.values);
+              one.compute(scores, i, columns, from, rows, k + from * p.head, values + from * p.values);
               within<bytes>(Gemm<T>{rows, p.values, columns, one.s, query_block, 1, one.grad_rows,
                                     dv_sum + from * v_width, v_width, true});
               within<bytes>(Gemm<T>{rows, p.head, columns, one.ds, query_block, 1, one.q_rows,

@@ -321,7 +321,7 @@ FOLDED_SHAPES = 4
 FOLDED_CALLS = 64
 """Kinds of calls of which it is remembered that a folded convolution serves them."""
 
-PRODUCT, PRODUCT_ROWS = 1 << 26, 64
+PRODUCT, PRODUCT_ROWS = 1 << 24, 64
 """Fewest multiplications a thread, and rows, of a linear layer for which our products on the CPU pay."""
 
 ATTENTION_QUERIES = 32
