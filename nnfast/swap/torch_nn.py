@@ -14,6 +14,7 @@ from ..activation import module as activation
 from .rule import Proposal, new_class, public_name
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.SiLU: activation.SiLU, nn.Mish: activation.Mish}
+ACTIVATIONS = tuple(CLASSES.values())
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {F.silu: activation.silu, F.mish: activation.mish}
 
 
