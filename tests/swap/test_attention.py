@@ -225,6 +225,8 @@ def test_layers_with_any_activation(name, kind, depth):
     report = nnfast.swap(model)
     attentions = 1 if kind == "Encoder" else 2
     ours = name in ("silu", "mish", "SiLU", "Mish")
+    kept = ["it is user-written; give it nnfast.functional.swish by hand"] * (name == "user-written")
+    assert [e.reasons for e in report.kept] == [tuple(kept)] * len(layers) * bool(kept)
     assert len(report.replaced) == len(layers) * (attentions + (kind == "Encoder") + ours), report
     for m in layers:
         assert isinstance(m, nnfast.TransformerEncoderLayer) == (kind == "Encoder")
@@ -312,8 +314,13 @@ def test_kept_with_the_reason():
     class Own(nn.MultiheadAttention):
         pass
 
+    class OwnLayer(nn.TransformerEncoderLayer):
+        pass
+
     (entry,) = nnfast.swap(Own(4, 2)).kept
     assert "subclass of torch.nn.MultiheadAttention" in entry.reasons[0]
+    (entry,) = nnfast.swap(OwnLayer(4, 2, 4)).kept
+    assert "subclass of torch.nn.TransformerEncoderLayer" in entry.reasons[0]
     module = nn.MultiheadAttention(4, 2)
     module.forward = lambda *_: 0
     (entry,) = nnfast.swap(module).kept
