@@ -277,10 +277,19 @@ def describe(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
 
     def word(value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+            sizes = ", ".join(_size(value, dim) for dim in range(value.dim()))
+            return f"{str(value.dtype).removeprefix('torch.')}[{sizes}] on {value.device}"
         return repr(value)
 
     return f"({', '.join([*map(word, args), *(f'{key}={word(value)}' for key, value in kwargs.items())])})"
+
+
+def _size(x: torch.Tensor, dim: int) -> str:
+    """In words; `*` where the parts of a nested tensor, which has no shape, differ."""
+    try:
+        return str(x.size(dim))
+    except RuntimeError:
+        return "*"
 
 
 @functools.cache

@@ -27,13 +27,13 @@ RULES: list[Rule] = [
     attention.transformers,
     attention.seed,
     conv_bn_act.modules,
-    torch_nn.function_attributes,
     torchvision.modules,
     seed.modules,
     seed_loss.modules,
     attention.encoder_layer,
 ]
-"""In order: the first rule that has anything to say of a module decides."""
+"""In order: the first rule that has anything to say of a module decides. What a module holds as an attribute,
+`torch_nn.function_attributes` says besides."""
 
 _RECORD = "_nnfast_swapped"
 """Key in a swapped module's `__dict__`: {what: (new, old)}, or (new,) where there was nothing before."""
@@ -52,12 +52,12 @@ def swap(model: nn.Module) -> Report:
     `F.silu` and `F.mish` where a module holds them as attributes; user-written focal losses whose forward is
     `alpha * (1 - exp(-ce)) ** gamma * ce` over `F.cross_entropy`, which stay instances of their class; and
     the classification head of torchvision's RetinaNet, whose loss then calls nnfast's. So are
-    `nn.MultiheadAttention` anywhere, timm's Attention, user-written classes that compute
-    `nnfast.SelfAttention`, and the attn_implementation of transformers' models where it is "sdpa". Modules
-    stay the same objects with the same attributes, hooks and state_dict; so a module that another model
-    shares is swapped there too, just as `.eval()` would reach it. Two things differ: called by keyword, an
-    activation's argument is `input`, a focal loss's are `inputs` and `targets`; and `torch.jit.script` cannot
-    read nnfast's modules, so restore before it.
+    `nn.MultiheadAttention` anywhere, `nn.TransformerEncoderLayer`, timm's Attention, user-written classes
+    that compute `nnfast.SelfAttention`, and the attn_implementation of transformers' models where it is
+    "sdpa". Modules stay the same objects with the same attributes, hooks and state_dict; so a module that
+    another model shares is swapped there too, just as `.eval()` would reach it. Two things differ: called by
+    keyword, an activation's argument is `input`, a focal loss's are `inputs` and `targets`; and
+    `torch.jit.script` cannot read nnfast's modules, so restore before it.
 
     Args:
         model: any module, wrapped (DDP, torch.compile, FX) or not. It may be an activation itself.
@@ -203,9 +203,13 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _proposals(module: nn.Module) -> list[Proposal]:
-    if hasattr(type(module), "nnfast_op"):
-        return []
-    return next(filter(None, (rule(module) for rule in RULES)), [])
+    found: list[Proposal] = []
+    if not hasattr(type(module), "nnfast_op"):
+        found = next(filter(None, (rule(module) for rule in RULES)), [])
+    becomes = [proposal.changes.get("__class__", object) for proposal in found if not proposal.reasons]
+    if any(issubclass(cls, torch_nn.ACTIVATIONS) for cls in (type(module), *becomes)):
+        return found  # it calls no function that it holds
+    return [*found, *torch_nn.function_attributes(module)]
 
 
 def _apply(plan: list[tuple[nn.Module, Mapping[str, Any]]]) -> None:

@@ -48,7 +48,9 @@ def encoder_layer(module: nn.Module) -> list[Proposal]:
     """nn.TransformerEncoderLayer, whose fused path passes its self_attn by."""
     cls = type(module)
     if cls is not nn.TransformerEncoderLayer:
-        return []
+        reason = "it is a subclass of torch.nn.TransformerEncoderLayer"
+        alike = isinstance(module, nn.TransformerEncoderLayer)
+        return [Proposal(public_name(cls), reasons=(reason,))] if alike else []
     new = {"__class__": TransformerEncoderLayer}
     reasons = tuple(instance_reasons(module))
     return [Proposal(public_name(cls), public_name(TransformerEncoderLayer), new, reasons)]

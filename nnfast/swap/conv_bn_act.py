@@ -36,10 +36,8 @@ _ACTIVATION_RULES = (torch_nn.modules, timm.modules, transformers.modules, seed.
 def modules(module: nn.Module) -> list[Proposal]:
     """Containers that call a convolution and a batch norm, or a batch norm and an activation, in turn."""
     if timm.is_norm_act(module):
-        found = _norm_act(module)
-    else:
-        found = _sequential(module) if _is_sequential(module) else _forward(module)
-    return [*found, *torch_nn.function_attributes(module)] if found else []
+        return _norm_act(module)
+    return _sequential(module) if _is_sequential(module) else _forward(module)
 
 
 def _is_sequential(module: nn.Module) -> bool:

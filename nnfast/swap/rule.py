@@ -41,7 +41,7 @@ def public_name(thing: type | Callable[..., Any]) -> str:
     """The shortest dotted name under which a class or function can be found: `torch.nn.SiLU`."""
     if "swapped_from" in vars(thing):
         return f"fused {public_name(vars(thing)['swapped_from'])}"
-    parts = thing.__module__.split(".")
+    parts = (thing.__module__ or "__main__").split(".")  # None where exec made it
     for end in range(1, len(parts)):
         prefix = ".".join(parts[:end])
         if vars(sys.modules.get(prefix, object)).get(thing.__name__) is thing:

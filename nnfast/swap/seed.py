@@ -28,6 +28,7 @@ FORMULAS = {
 }
 """What a forward may compute, as `_Symbol` writes it."""
 
+_NEITHER = "not exactly x * sigmoid(x) or x * tanh(softplus(x))"
 _LOOKS_ALIKE = re.compile(r"silu|swish|mish", re.IGNORECASE)
 _OTHERS = re.compile(r"hard", re.IGNORECASE)
 _EVERY_CLASS_HAS = {
@@ -44,16 +45,28 @@ def modules(module: nn.Module) -> list[Proposal]:
         return []
     term, obstacle = _read(cls)
     if term not in FORMULAS:
-        alike = (
-            _LOOKS_ALIKE.search(cls.__name__) and not _OTHERS.search(cls.__name__) and not _is_block(module)
-        )
-        reason = f"forward is not exactly x * sigmoid(x) or x * tanh(softplus(x)): {obstacle}"
+        alike = _looks_alike(cls.__name__) and not _is_block(module)
+        reason = f"forward is {_NEITHER}: {obstacle}"
         return [Proposal(public_name(cls), reasons=(reason, *obstacles(module)))] if alike else []
     new, formula = FORMULAS[term]
     reasons = obstacles(module)
     if not reasons and not instance_reasons(module) and (difference := _difference(cls, formula)):
         reasons.append(difference)
     return new_class(module, new, reasons)
+
+
+def function_reason(function: object) -> str:
+    """Why a user-written Swish or Mish that is a function, or has the name of one, is kept; "" for others."""
+    if not isinstance(function, FunctionType) or str(function.__module__).startswith(("torch.", "nnfast.")):
+        return ""
+    term, obstacle = _read_function(function, takes=1)
+    if term in FORMULAS:
+        return f"it is user-written; give it nnfast.functional.{FORMULAS[term][0].__name__.lower()} by hand"
+    return f"it is {_NEITHER}: {obstacle}" if _looks_alike(function.__name__) else ""
+
+
+def _looks_alike(name: str) -> bool:
+    return bool(_LOOKS_ALIKE.search(name) and not _OTHERS.search(name))
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -83,15 +96,20 @@ def _read(cls: type[nn.Module]) -> tuple[str, str]:
         forward = forward.__func__
     if not isinstance(forward, FunctionType):
         return "", "the class has no forward of its own"
+    return _read_function(forward, takes=2 - static)
+
+
+def _read_function(forward: FunctionType, takes: int) -> tuple[str, str]:
+    """`_read`, of a function that takes x alone, or after a self."""
     code = forward.__code__
     if hasattr(forward, "__wrapped__") or code.co_freevars:
         return "", "it is decorated or a closure"
-    if code.co_argcount != 2 - static or code.co_kwonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
+    if code.co_argcount != takes or code.co_kwonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
         return "", "it takes more than one input"
     if foreign := _foreign_names(code, forward.__globals__):
         return "", f"it uses {', '.join(foreign)}"
     try:
-        result = forward(*[object()] * (not static), _Symbol("x"))
+        result = forward(*[object()] * (takes - 1), _Symbol("x"))
     except Exception as error:
         return "", str(error)
     return (

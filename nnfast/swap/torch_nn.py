@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..activation import module as activation
+from . import seed
 from .rule import Proposal, new_class, public_name
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.SiLU: activation.SiLU, nn.Mish: activation.Mish}
+ACTIVATIONS = tuple(CLASSES.values())
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {F.silu: activation.silu, F.mish: activation.mish}
 
 
@@ -38,19 +40,21 @@ def _subclass_reason(cls: type[nn.Module], base: type[nn.Module]) -> str:
 
 
 def function_attributes(module: nn.Module) -> list[Proposal]:
-    """`self.act = F.silu` and the like."""
+    """`self.act = F.silu` and the like; what is a user's own is kept."""
     if isinstance(module, torch.jit.ScriptModule):
         return []
     proposals = []
     for name, value in vars(module).items():
         function = value.func if isinstance(value, partial) else value
         new = next((new for old, new in FUNCTIONS.items() if old is function), None)
-        if new is None or name == "forward":
+        reason = "" if new else seed.function_reason(function)
+        if name == "forward" or not (new or reason):
             continue
         old = public_name(function)
-        if function is value:
+        if function is not value:
+            old, reason = f"partial({old})", "it is a functools.partial; give it nnfast's function by hand"
+        if new and not reason:
             proposals.append(Proposal(old, f"nnfast.functional.{new.__name__}", {name: new}, attribute=name))
         else:
-            reason = "it is a functools.partial; give it nnfast's function by hand"
-            proposals.append(Proposal(f"partial({old})", reasons=(reason,), attribute=name))
+            proposals.append(Proposal(old, reasons=(reason,), attribute=name))
     return proposals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -140,6 +141,21 @@ def test_explain(toy):
 @pytest.mark.parametrize("named", ["mish", nnfast.functional.mish, nnfast.Mish, nnfast.Mish()])
 def test_explain_takes_names_functions_and_modules(named):
     assert nnfast.explain(named, torch.zeros(3)).op == "mish"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("layout", "described"),
+    [(torch.strided, r"\(float32\[2, \*, 5\] on cpu\)"), (torch.jagged, r"\(float32\[2, j\d+, 5\] on cpu\)")],
+)
+def test_nested_tensors_are_described(layout, described):
+    x = torch.nested.nested_tensor([torch.zeros(3, 5), torch.zeros(4, 5)], layout=layout)
+    found = nnfast.explain("silu", x)
+    assert found.backend == "aten"
+    assert re.search(described, str(found))
+    assert any("nested" in reason for reason in found.reasons["cpu"])
+    with nnfast.backend("cpu"), pytest.raises(nnfast.BackendError, match=described):
+        nnfast.functional.silu(x)
 
 
 def test_explain_unknown_operation():

@@ -238,7 +238,8 @@ def test_encoder_layer(training, monkeypatch):
             y = m(leaf)
         return (y, *torch.autograd.grad(y, [leaf, *m.parameters()], grad.to(dtype))) if training else (y,)
 
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for found, torchs, truth in zip(run(ours), run(theirs), run(exact), strict=True):
             check(found, torchs, truth)
     assert len(calls) == (12 if training else 4)  # packed and out projection, and both of the feed-forward
@@ -288,7 +289,8 @@ def test_who_makes_them(monkeypatch):
     assert "float32" in product.why_not(x.double(), w.double())
     assert "plain" in product.why_not(x.as_subclass(_Sub), w)
     assert "sparse" in product.why_not(x.to_sparse(), w)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         assert "nested" in product.why_not(torch.nested.nested_tensor([x, x[:5]]), w)
     with nnfast.backend("aten"):
         assert "'aten' is forced" in product.why_not(x, w)

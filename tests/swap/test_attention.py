@@ -188,6 +188,65 @@ def test_short_inputs_of_encoder_layers_stay_fused():
         assert torch.equal(call(model), expected)
 
 
+def swish(x):
+    return x * torch.sigmoid(x)
+
+
+ACTIVATIONS = {
+    "relu": lambda: "relu",
+    "silu": lambda: F.silu,
+    "mish": lambda: F.mish,
+    "SiLU": nn.SiLU,
+    "Mish": nn.Mish,
+    "user-written": lambda: swish,
+}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_layers_with_any_activation(name, kind, depth):
+    torch.manual_seed(0)
+    layer = getattr(nn, f"Transformer{kind}Layer")
+    options = {"dropout": 0.0, "batch_first": True}
+    layers = [layer(16, 4, 32, activation=ACTIVATIONS[name](), **options) for _ in range(max(depth, 1))]
+    model = layers[0]
+    if depth:  # not of torch's copies: those of decoder layers have F.relu in place of a module
+        model = getattr(nn, f"Transformer{kind}")(model, 1)
+        model.layers, model.num_layers = nn.ModuleList(layers), depth
+    inputs = (X,) if kind == "Encoder" else (X, X.flip(1))
+
+    def call(m):
+        return m(*inputs)
+
+    before = [(type(m), type(m.self_attn), m.activation, type(m.activation)) for m in layers]
+    expected = {training: run(model, call, training) for training in (True, False)}
+    report = nnfast.swap(model)
+    attentions = 1 if kind == "Encoder" else 2
+    ours = name in ("silu", "mish", "SiLU", "Mish")
+    kept = ["it is user-written; give it nnfast.functional.swish by hand"] * (name == "user-written")
+    assert [e.reasons for e in report.kept] == [tuple(kept)] * len(layers) * bool(kept)
+    assert len(report.replaced) == len(layers) * (attentions + (kind == "Encoder") + ours), report
+    for m in layers:
+        assert isinstance(m, nnfast.TransformerEncoderLayer) == (kind == "Encoder")
+        assert isinstance(m.self_attn, nnfast.MultiheadAttention)
+        assert hasattr(m.activation, "nnfast_op") == ours
+    twins = [model]
+    if kind == "Encoder" or "activation" not in layers[0]._modules:
+        twins += [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
+        for training in (True, False):
+            assert_close(run(twin, call, training), expected[training], rtol=1e-4, atol=1e-5)
+            with nnfast.backend("reference"):
+                assert_close(run(twin, call, training), expected[training], rtol=1e-4, atol=1e-5)
+        assert nnfast.swap(twin).replaced == ()
+    nnfast.restore(model)
+    assert [(type(m), type(m.self_attn), m.activation, type(m.activation)) for m in layers] == before
+    assert all("_nnfast" not in attribute for m in model.modules() for attribute in vars(m))
+    assert_close(run(model, call, True), expected[True], rtol=0, atol=0)
+
+
 def test_attn_implementation_by_name():
     transformers = pytest.importorskip("transformers")
     nnfast.register_transformers()
@@ -255,8 +314,13 @@ def test_kept_with_the_reason():
     class Own(nn.MultiheadAttention):
         pass
 
+    class OwnLayer(nn.TransformerEncoderLayer):
+        pass
+
     (entry,) = nnfast.swap(Own(4, 2)).kept
     assert "subclass of torch.nn.MultiheadAttention" in entry.reasons[0]
+    (entry,) = nnfast.swap(OwnLayer(4, 2, 4)).kept
+    assert "subclass of torch.nn.TransformerEncoderLayer" in entry.reasons[0]
     module = nn.MultiheadAttention(4, 2)
     module.forward = lambda *_: 0
     (entry,) = nnfast.swap(module).kept

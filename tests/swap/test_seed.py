@@ -143,6 +143,41 @@ def decorated(self, x):
     return x * torch.sigmoid(x) + 1
 
 
+def written_mish(x):
+    return x * torch.tanh(F.softplus(x))
+
+
+def my_silu(x, inplace=False):
+    return x.mul_(x.sigmoid()) if inplace else x * x.sigmoid()
+
+
+def hard_swish(x):
+    return x * F.relu6(x + 3) / 6
+
+
+def test_user_written_functions_held_as_attributes_are_kept_with_the_reason():
+    model = nn.Linear(2, 2)
+    model.mish, model.silu, model.other, model.hard = written_mish, my_silu, lambda x: 2 * x, hard_swish
+    model.nameless, model.part, model.wrapped = (
+        lambda x: F.silu(x),
+        functools.partial(written_mish),
+        F.hardswish,
+    )
+    model.made = eval("lambda x: x.mul(x.sigmoid())", {"__name__": None})
+    before = dict(vars(model))
+    report = nnfast.swap(model)
+    by_hand = "it is user-written; give it nnfast.functional.{} by hand"
+    assert report.replaced == ()
+    assert {e.names[0]: e.reasons[0] for e in report.kept} == {
+        "mish": by_hand.format("mish"),
+        "silu": "it is not exactly x * sigmoid(x) or x * tanh(softplus(x)): it takes more than one input",
+        "nameless": by_hand.format("silu"),
+        "part": "it is a functools.partial; give it nnfast's function by hand",
+        "made": by_hand.format("swish"),
+    }
+    assert vars(model) == before
+
+
 UNLIKE = {
     "beta": (lambda self, x: x * torch.sigmoid(1.702 * x), "multiplies by 1.702"),
     "attribute": (lambda self, x: x * torch.sigmoid(self.beta * x), "it uses beta"),

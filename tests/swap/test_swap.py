@@ -287,6 +287,24 @@ def test_functions_held_as_attributes():
     assert dict(vars(model)) == {**before, "act2": F.relu}
 
 
+def test_functions_held_by_what_is_replaced_too():
+    """What a rule says of the module is no reason to pass its attributes by."""
+    models = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.MultiheadAttention(4, 2)]
+    models += [nnfast.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2, 4)]
+    for model in models:
+        cls = type(model)
+        model.act, model.part = F.silu, partial(F.mish)
+        report = nnfast.swap(model)
+        assert [e.new for e in report.replaced if e.names == ("act",)] == ["nnfast.functional.silu"]
+        assert [e.names for e in report.kept] == [("part",)]
+        assert hasattr(type(model), "nnfast_op")
+        assert model.act is nnfast.functional.silu
+        assert nnfast.swap(model).replaced == ()
+        nnfast.restore(model)
+        assert type(model) is cls
+        assert model.act is F.silu
+
+
 def test_a_hub_of_transformers_instances_and_functions():
     activations = pytest.importorskip("transformers.activations")
     model = nn.ModuleList([activations.ACT2FN[name] for name in ("silu", "swish", "mish", "gelu")])
