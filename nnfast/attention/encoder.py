@@ -118,7 +118,7 @@ def _torchs_reasons(
     least = tuning.ENCODER_LENGTH_MASKED if masks else tuning.ENCODER_LENGTH
     if type(m.linear1) is nn.Linear and not product.why_not(src, m.linear1.weight):
         least = tuning.ENCODER_LENGTH_PRODUCTS
-    if length < least:
+    if m.activation_relu_or_gelu and length < least:  # it fuses no other
         return [f"length {length}; measured to be faster than torch's fused layer from {least} on"]
     return []
 

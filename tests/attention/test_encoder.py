@@ -119,6 +119,9 @@ def test_who_serves(monkeypatch):
         assert torch.equal(ours(x), theirs(x))  # the fused operation itself
         padding = torch.zeros(N, LENGTH, dtype=torch.bool)
         assert (nnfast.explain(ours, x, None, padding).backend == "cpu") == OURS
+        theirs_unfused, unfused = pair(activation=nn.SiLU())
+        assert (nnfast.explain(unfused, x).backend == "cpu") == OURS
+        assert_close(unfused(x), theirs_unfused(x))
         ours.self_attn.__class__ = nn.MultiheadAttention
         assert "self_attn is torch's" in nnfast.explain(ours, x).reasons["cpu"]
         assert torch.equal(ours(x), theirs(x))
