@@ -160,13 +160,14 @@ struct Shares {
   }
 };
 
-// Most elements of c that each thread sums for itself: they stay in its first cache, or its second.
-constexpr int64_t most_shared = 128 * 128;
+// Most elements of c that are summed in shares: they stay in a core's caches. Shares are as large for any
+// number of threads, so that results are the same.
+constexpr int64_t most_shared = 128 * 128, least_share = 2048, most_shares = 64;
 
-// c (+)= a b, or plus a bias, which may be null, where each thread has a share of what is summed.
+// c (+)= a b, or plus a bias, which may be null, in shares of what is summed.
 template <class T>
 void multiply_shares(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c, int64_t c_row, bool add) {
-  const int64_t shares = torch::stable::get_num_threads(), size = a.rows * b.columns;
+  const int64_t shares = std::min(b.rows / least_share, most_shares), size = a.rows * b.columns;
   const Scratch<T> sums(shares * size);
   parallel(shares, 1, Shares<T>{a, b, shares, sums});
   for (int64_t i = 0; i < a.rows; ++i)
@@ -182,7 +183,7 @@ template <class T>
 void multiply_matrices(const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c, int64_t c_row, bool add) {
   const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
   const int64_t panel = 2 * bytes / sizeof(T), threads = torch::stable::get_num_threads();
-  if (a.rows * b.columns <= most_shared && b.rows >= 4 * depth * threads)
+  if (a.rows * b.columns <= most_shared && b.rows >= 2 * least_share)
     return multiply_shares(a, b, bias, c, c_row, add);
   const int64_t rows = bytes == 64 ? GemmShape<T, 64>::rows : GemmShape<T, 32>::rows;
   const int64_t bands = (a.rows + rows - 1) / rows;

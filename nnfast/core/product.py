@@ -64,8 +64,10 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     given = (x, weight) if bias is None else (x, weight, bias)
     if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in given):
         return "an input is no plain tensor"
-    if not x.is_cpu or is_compiling() or transformed() or traced() or autocasts(x):
-        return "x is not on the CPU, or what is done to it is compiled, recorded, transformed or cast"
+    if not all(t.is_cpu for t in given):
+        return "an input is not on the CPU"
+    if is_compiling() or transformed() or traced() or autocasts(x):
+        return "what is done to x is compiled, recorded, transformed or cast"
     if any(t.dtype != torch.float32 for t in given):
         return f"ours are of torch.float32; x has dtype {x.dtype}, the weight {weight.dtype}"
     if forced() not in (None, "cpu"):

@@ -23,9 +23,10 @@ pytestmark = pytest.mark.skipif(
 
 SHAPES = [
     *[(1, 1, 1), (7, 5, 3), (6, 16, 256), (64, 96, 300), (130, 33, 513), (257, 40, 1100)],
-    *[(1000, 70, 64), (2, 2100, 300), (33, 700, 1500)],
+    *[(1000, 70, 64), (2, 2100, 300), (33, 700, 1500), (13, 20, 5003)],
 ]
-"""(M, N, K): one element; whole bands, panels and depths and not; several parts of columns and of sums."""
+"""(M, N, K): one element; whole bands, panels and depths and not; several parts of columns and of sums; few
+elements of many sums."""
 
 LAYOUTS = {
     "rows": lambda m, n, x: x,
@@ -102,8 +103,10 @@ def test_infinity_and_nan_stay_in_their_rows():
     check(found[finite], (a @ b)[finite], truth[finite])
 
 
-def test_results_repeat_with_any_number_of_threads():
-    a, b = randn(500, 700), randn(700, 300, seed=1)
+@pytest.mark.parametrize("shape", [(500, 300, 700), (64, 48, 9000)], ids=str)
+def test_results_repeat_with_any_number_of_threads(shape):
+    m, n, k = shape
+    a, b = randn(m, k), randn(k, n, seed=1)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -288,6 +291,7 @@ def test_who_makes_them(monkeypatch):
     assert product.why_not(x, w) == ""
     assert "float32" in product.why_not(x.double(), w.double())
     assert "plain" in product.why_not(x.as_subclass(_Sub), w)
+    assert "CPU" in product.why_not(x, w.to("meta"))
     assert "sparse" in product.why_not(x.to_sparse(), w)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
