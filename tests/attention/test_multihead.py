@@ -234,7 +234,7 @@ def exactly(module, x):
     return [y, of_x, products(of_qkv, x), of_qkv.sum((0, 1)), products(g, o), g.sum((0, 1))]
 
 
-@pytest.mark.parametrize("length", [QUERIES, 200])  # of which our CPU kernels take 128 keys at once
+@pytest.mark.parametrize("length", [QUERIES, 200])  # more keys than backward on the CPU takes at once
 def test_dtypes(length, dtype):
     for batch_first in (False, True):
         theirs, ours = pair(dtype, batch_first=batch_first)
