@@ -68,5 +68,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if others:
         write("")
         write("other contenders, time and its ratio to ours:")
+        width = max(len(r.case) for r, _ in others)
         for r, name in others:
-            write(f"  {r.case:<44}{name:<18}{human(r.seconds[name]):>9}  {r.ratio(name):.2f}x")
+            write(f"  {r.case:<{width}}  {name:<18}{human(r.seconds[name]):>9}  {r.ratio(name):.2f}x")

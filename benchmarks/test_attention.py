@@ -242,46 +242,55 @@ def test_rotary(shape, direction, device, quick, benchmark, record):
     benchmark.pedantic(functions["nnfast"], args=(inputs,), rounds=3, warmup_rounds=1)
 
 
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", ROTARY_SHAPES, ids=str)
-def test_rotary_and_attention(shape, device, quick, benchmark, record):
+def test_rotary_and_attention(shape, direction, device, quick, benchmark, record):
     """Queries and keys turned as attention reads them; "apart", before it; "attention" turns nothing."""
     if quick and shape != ROTARY_SHAPES[0]:
         pytest.skip("not in --quick")
     torch.manual_seed(0)
+    training = direction != "forward"
     rope = nnfast.RotaryEmbedding(shape[3], max_length=shape[2]).to(device)
     tables = [torch.cat((t, t), -1).to(DTYPE) for t in rope.table]
 
     def make() -> list[Tensor]:
         rows = (torch.randn(shape, device=device).to(DTYPE) for _ in range(3))
-        return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in rows]
+        return [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(training) for x in rows]
 
+    upstream = torch.randn(shape, device=device).to(DTYPE)
     attention = nnfast.functional.attention
+
+    def both(function: Callable[..., Tensor]) -> Callable[[list[Tensor]], Any]:
+        def run(inputs: list[Tensor]) -> Any:
+            y = function(*inputs)
+            return torch.autograd.grad(y, inputs, upstream) if training else [y]
+
+        return run
+
     functions = {
-        "nnfast": lambda qkv: attention(*qkv, rotary=rope),
-        "apart": lambda qkv: attention(*rope(*qkv[:2]), qkv[2]),
-        "attention": lambda qkv: attention(*qkv),
-        "torch": lambda qkv: F.scaled_dot_product_attention(*(by_hand(x, *tables) for x in qkv[:2]), qkv[2]),
+        "nnfast": both(lambda q, k, v: attention(q, k, v, rotary=rope)),
+        "apart": both(lambda q, k, v: attention(*rope(q, k), v)),
+        "attention": both(attention),
+        "torch": both(
+            lambda q, k, v: F.scaled_dot_product_attention(by_hand(q, *tables), by_hand(k, *tables), v)
+        ),
     }
     inputs = make()
-    assert_close(
-        functions["nnfast"](inputs),
-        functions["torch"](inputs),
-        rtol=0,
-        atol=1e-1 if DTYPE.itemsize == 2 else 1e-4,
-    )
-    moved = 4 * inputs[0].numel() * DTYPE.itemsize
+    for a, b in zip(functions["nnfast"](inputs), functions["torch"](inputs), strict=True):
+        assert_close(a, b, rtol=0, atol=1e-1 if DTYPE.itemsize == 2 else 1e-4)
+    moved = (8 if training else 4) * inputs[0].numel() * DTYPE.itemsize
     record(
         Result(
             family="attention",
             op="rotary",
-            case=f"rotary + attention forward {' x '.join(map(str, shape))}",
-            direction="forward",
+            case=f"rotary + attention {direction} {' x '.join(map(str, shape))}",
+            direction=direction,
             dtype=str(DTYPE).removeprefix("torch."),
             numel=inputs[0].numel(),
             backend=nnfast.explain("attention", *inputs).backend or "",
             seconds=compare(functions, rotation(make, moved, device), device, 1.0 if quick else 3.0),
             bytes=moved,
-            flops=flops(inputs[0], "plain", False),
+            flops=flops(inputs[0], "plain", training),
             targets={} if CUDA else {"torch": 1.0, "apart": 1.0},
         ),
         benchmark,

@@ -17,7 +17,7 @@ from nnfast.activation import reference
 from nnfast.activation.reference import ACTIVATIONS
 from nnfast.activation.reference import act as activated
 from nnfast.attention import reference as attention_reference
-from nnfast.attention.reference import Terms
+from nnfast.attention.reference import TENSORS, Terms
 from nnfast.conv_bn_act import op as batch_norm
 from nnfast.conv_bn_act import reference as batch_norm_reference
 from nnfast.convolution import reference as convolution_reference
@@ -544,7 +544,8 @@ def _seed_attention(x: Tensor) -> Tensor:
 def _attention_operands(x: Tensor) -> tuple[Any, ...]:
     q, k, v = qkv(x)
     bias = torch.randn(q.shape[1], q.shape[2], k.shape[2], device=x.device)[None]
-    return q, k, v, *Terms(bias=bias, is_causal=True, scale=0.25)
+    cos, sin = torch.randn(2, 1, 1, max(q.shape[2], k.shape[2]), q.shape[3] // 2, device=x.device)
+    return q, k, v, *Terms(bias=bias, cos=cos, sin=sin, is_causal=True, scale=0.25)
 
 
 def _projected_attention_operands(x: Tensor) -> tuple[Any, ...]:
@@ -553,16 +554,21 @@ def _projected_attention_operands(x: Tensor) -> tuple[Any, ...]:
     return q, k, v, in_bias, weight[0], *terms[:3], True, 0.25
 
 
-def _rotary_attention_operands(x: Tensor) -> tuple[Any, ...]:
-    q, k, v, *terms = _attention_operands(x)
-    cos, sin = torch.randn(2, 1, 1, max(q.shape[2], k.shape[2]), q.shape[3] // 2, device=x.device)
-    return q, k, v, cos, sin, False, *terms
-
-
 def _attention_backward_operands(x: Tensor) -> tuple[Any, ...]:
     q, k, v, *terms = _attention_operands(x)
     out, lse = attention_reference.attention(q, k, v, Terms(*terms))
-    return torch.randn_like(out), torch.randn_like(lse), q, k, v, *terms[:5], out, lse, *terms[5:], True
+    return (
+        torch.randn_like(out),
+        torch.randn_like(lse),
+        q,
+        k,
+        v,
+        *terms[:TENSORS],
+        out,
+        lse,
+        *terms[TENSORS:],
+        True,
+    )
 
 
 _ATTENTION = Case(
@@ -576,7 +582,6 @@ _ATTENTION = Case(
     operators={
         "attention": _attention_operands,
         "projected_attention": _projected_attention_operands,
-        "rotary_attention": _rotary_attention_operands,
         "attention_backward": _attention_backward_operands,
     },
     samples=(

@@ -58,7 +58,7 @@ struct Forward {
       const T* from = p.q.at(n, h) + (first + i) * p.q.l;
       int64_t row = p.q.l, column = p.q.d;
       if (p.cos.data) {
-        turn<bytes>(n, h, from, row, column, first + i, columns, raw);
+        turn_rows<bytes, false>(p, n, h, first + i, from, row, column, columns, raw, p.head, 1);
         from = raw, row = p.head, column = 1;
       }
       pack_columns<bytes>(from, row, column, columns, p.head, p.scale, p.weight ? raw : q + i * p.head,
@@ -71,10 +71,7 @@ struct Forward {
     const Range all = scores.seen(first, first + queries);
     for (int64_t j = all.begin; j < all.end; j += forward_keys<bytes>) {
       const int rows = int(std::min<int64_t>(all.end - j, forward_keys<bytes>));
-      if (p.cos.data)
-        turn<bytes>(n, of_keys, from_k + j * p.k.l, p.k.l, p.k.d, j, rows, k);
-      else
-        copy_rows(from_k + j * p.k.l, p.k.l, p.k.d, rows, p.head, k, p.added_to(1, h));
+      read_keys<bytes>(p, n, of_keys, j, rows, k, p.added_to(1, h));
       pack_rows<bytes>(from_v + j * p.v.l, p.v.l, p.v.d, rows, p.values, T(1), v, p.added_to(2, h));
       for (int64_t i = 0; i < queries; i += forward_queries) {
         const int columns = int(std::min<int64_t>(queries - i, forward_queries));
@@ -99,17 +96,6 @@ struct Forward {
     for (int64_t i = 0; i < queries; ++i, to += of_out.l)
       for (int64_t d = 0; d < p.values; ++d) to[d] = out[i * width + d] * sum[i];
     std::copy_n(most, queries, lse + (n * p.heads + h) * p.queries + first);
-  }
-
-  // x: (rows, D), turned by its places in the sequence, from `first` on. to: without gaps
-  template <int bytes>
-  NNFAST_INLINE void turn(int64_t n, int64_t h, const T* x, int64_t row, int64_t column, int64_t first,
-                          int64_t rows, T* to) const {
-    const Turn<T> turn = p.turn;  // in registers, since what is stored may overlap *this
-    const int64_t of_cos = p.cos.l, of_sin = p.sin.l, head = turn.head;
-    const T *c = p.cos.at(n, h) + first * of_cos, *s = p.sin.at(n, h) + first * of_sin;
-    for (int64_t i = 0; i < rows; ++i)
-      turn.template run<bytes>(x + i * row, column, c + i * of_cos, s + i * of_sin, to + i * head, 1);
   }
 
   // Packed queries times the weight: a panel of them at a time, since panels lie one after another.
@@ -217,6 +203,7 @@ template <class T, int bytes>
 struct Block {
   using V = typename VectorOf<T, bytes>::type;
   static constexpr int lanes = bytes / sizeof(T), group = Scores<T, bytes, query_block>::group;
+  T* turned;              // (query_block, D), queries before they are packed; null if none turn
   T *q, *grad;            // transposed
   T *q_rows, *grad_rows;  // as they are, where given
   T *lse, *delta;         // (query_block,); delta is not yet of the probabilities where blocks are whole
@@ -226,9 +213,14 @@ struct Block {
   NNFAST_INLINE void start(const Attention<T>& p, const Upstream<T>& up, int64_t n, int64_t h, int64_t i,
                            int columns) const {
     const T *from_q = p.q.at(n, h) + i * p.q.l, *from = up.grad.at(n, h) + i * up.grad.l;
-    pack_columns<bytes>(from_q, p.q.l, p.q.d, columns, p.head, p.scale, q);
+    int64_t q_row = p.q.l, q_column = p.q.d;
+    if (turned) {
+      turn_rows<bytes, false>(p, n, h, i, from_q, q_row, q_column, columns, turned, p.head, 1);
+      from_q = turned, q_row = p.head, q_column = 1;
+    }
+    pack_columns<bytes>(from_q, q_row, q_column, columns, p.head, p.scale, q);
     pack_columns<bytes>(from, up.grad.l, up.grad.d, columns, p.values, T(1), grad);
-    if (q_rows) pack_rows<bytes>(from_q, p.q.l, p.q.d, columns, p.head, p.scale, q_rows);
+    if (q_rows) pack_rows<bytes>(from_q, q_row, q_column, columns, p.head, p.scale, q_rows);
     if (grad_rows) pack_rows<bytes>(from, up.grad.l, up.grad.d, columns, p.values, T(1), grad_rows);
     const T* out = up.out.at(n, h) + i * up.out.l;
     const int64_t row = (n * p.heads + h) * p.queries + i;
@@ -349,10 +341,12 @@ struct Backward {
         of_q(together * query_block * k_width);
     const Scratch<T> q(together * query_block * p.head), grad(together * query_block * p.values),
         q_rows(together * query_block * k_width), grad_rows(together * query_block * v_width),
-        ends(together * 2 * query_block), s((p.caps() ? 3 : 2) * key_block * query_block);
+        ends(together * 2 * query_block), s((p.caps() ? 3 : 2) * key_block * query_block),
+        turned(p.cos.data ? query_block * p.head : 0);
     const auto block = [&](int64_t b) __attribute__((always_inline)) {
       b *= query_block;
-      return Block<T, bytes>{q + b * p.head,
+      return Block<T, bytes>{p.cos.data ? static_cast<T*>(turned) : nullptr,
+                             q + b * p.head,
                              grad + b * p.values,
                              q_rows + b * k_width,
                              grad_rows + b * v_width,
@@ -366,13 +360,14 @@ struct Backward {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / parts, n = row / p.key_heads, of_keys = row % p.key_heads;
       const T *from_k = p.k.at(n, of_keys), *from_v = p.v.at(n, of_keys);
-      copy_rows(from_k, p.k.l, p.k.d, p.keys, p.head, static_cast<T*>(k));
+      read_keys<bytes>(p, n, of_keys, 0, p.keys, static_cast<T*>(k));
       // one, where projections are folded
-      const bool same = from_v == from_k && p.v.l == p.k.l && p.v.d == p.k.d && p.values == p.head;
+      const bool same =
+          from_v == from_k && p.v.l == p.k.l && p.v.d == p.k.d && p.values == p.head && !p.cos.data;
       if (!same) copy_rows(from_v, p.v.l, p.v.d, p.keys, p.values, static_cast<T*>(v));
       const T* const values = same ? k : v;
       for (int64_t j = 0; j < p.keys; j += key_block)
-        pack_rows<bytes>(from_k + j * p.k.l, p.k.l, p.k.d, keys_of(j), p.head, T(1), k_rows + j * k_width);
+        pack_rows<bytes>(k + j * p.head, p.head, 1, keys_of(j), p.head, T(1), k_rows + j * k_width);
       T* dk_sum = parts > 1 ? partial + task * p.keys * (k_width + v_width) : static_cast<T*>(sums);
       T* dv_sum = dk_sum + p.keys * k_width;
       std::fill_n(dk_sum, p.keys * (k_width + v_width), T{});
@@ -403,12 +398,12 @@ struct Backward {
                                     of_q + b * query_block * k_width, k_width, true, keys_of(j) * panel});
             }
           for (int64_t i = first, b = 0; i < last; i += step, ++b)
-            put(of_q + b * query_block * k_width, k_width, p.columns(i), p.head, p.scale,
-                dq + n * of_dq.n + h * of_dq.h + i * of_dq.l, of_dq);
+            put_turned<bytes>(n, h, i, of_q + b * query_block * k_width, k_width, p.columns(i), p.scale, dq,
+                              of_dq);
         }
       }
       if (parts == 1) {
-        put(dk_sum, k_width, p.keys, p.head, T(1), dk + n * of_dk.n + of_keys * of_dk.h, of_dk);
+        put_turned<bytes>(n, of_keys, 0, dk_sum, k_width, p.keys, T(1), dk, of_dk);
         put(dv_sum, v_width, p.keys, p.values, T(1), dv + n * of_dv.n + of_keys * of_dv.h, of_dv);
       }
     }
@@ -416,6 +411,17 @@ struct Backward {
 
   // Keys of the block that begins with key j.
   NNFAST_INLINE int64_t keys_of(int64_t j) const { return std::min<int64_t>(p.keys - j, key_block); }
+
+  // Of queries or keys, from place `first` on; these turn back.
+  template <int bytes>
+  NNFAST_INLINE void put_turned(int64_t n, int64_t h, int64_t first, T* from, int64_t width, int64_t rows,
+                                T factor, T* to, const Operand<T>& strides) const {
+    to += n * strides.n + h * strides.h + first * strides.l;
+    if (!p.cos.data) return put(from, width, rows, p.head, factor, to, strides);
+    if (factor != 1)
+      for (int64_t i = 0; i < rows * width; ++i) from[i] *= factor;
+    turn_rows<bytes, true>(p, n, h, first, from, width, 1, rows, to, strides.l, strides.d);
+  }
 
   static NNFAST_INLINE void put(const T* from, int64_t width, int64_t rows, int64_t columns, T factor, T* to,
                                 const Operand<T>& strides) {
@@ -443,7 +449,7 @@ struct Parts {
       for (int64_t part = 1; part < of.parts; ++part)
         for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * size + i];
       const int64_t n = row / p.key_heads, h = row % p.key_heads;
-      of.put(sum, k_width, p.keys, p.head, T(1), of.dk + n * of.of_dk.n + h * of.of_dk.h, of.of_dk);
+      of.template put_turned<bytes>(n, h, 0, sum, k_width, p.keys, T(1), of.dk, of.of_dk);
       of.put(sum + p.keys * k_width, v_width, p.keys, p.values, T(1), of.dv + n * of.of_dv.n + h * of.of_dv.h,
              of.of_dv);
     }
@@ -467,9 +473,17 @@ struct BiasBackward {
   NNFAST_INLINE void run(int64_t begin, int64_t end) const {
     const Scratch<T> q(query_block * p.head), grad(query_block * p.values), ends(2 * query_block),
         s(2 * key_block * query_block), k(key_block * p.head), v(key_block * p.values),
-        total(key_block * query_block);
-    const Block<T, bytes> block{
-        q, grad, nullptr, nullptr, ends, ends + query_block, s, s + key_block * query_block, nullptr};
+        total(key_block * query_block), turned(p.cos.data ? query_block * p.head : 0);
+    const Block<T, bytes> block{p.cos.data ? static_cast<T*>(turned) : nullptr,
+                                q,
+                                grad,
+                                nullptr,
+                                nullptr,
+                                ends,
+                                ends + query_block,
+                                s,
+                                s + key_block * query_block,
+                                nullptr};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t column = task % columns(), row = task / columns() % rows();
       const int64_t plane = task / columns() / rows();
@@ -503,7 +517,7 @@ struct BiasBackward {
       const int64_t first = b * key_block, j = std::max(first, seen.begin);
       const int rows = int(std::min(first + key_block, seen.end) - j);
       if (rows <= 0) continue;
-      copy_rows(p.k.at(n, of_keys) + j * p.k.l, p.k.l, p.k.d, rows, p.head, k);
+      read_keys<bytes>(p, n, of_keys, j, rows, k);
       copy_rows(p.v.at(n, of_keys) + j * p.v.l, p.v.l, p.v.d, rows, p.values, v);
       block.compute(scores, i, columns, j, rows, k, v);
       T* to = total + (j - first) * query_block;
@@ -557,8 +571,9 @@ void check_dtype(const char* op, const char* name, const Optional& x, ScalarType
 template <class T>
 Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                        const Optional& mask, const Optional& padding, const Optional& bias,
-                       const Optional& slopes, const Optional& seed, bool is_causal, double scale,
-                       double softcap, int64_t left, int64_t right, double dropout_p) {
+                       const Optional& slopes, const Optional& seed, const Optional& cos, const Optional& sin,
+                       bool is_causal, double scale, double softcap, int64_t left, int64_t right,
+                       double dropout_p, bool interleaved) {
   for (const auto& [name, x] : {std::pair("k", &k), std::pair("v", &v)})
     check_dtype(op, name, *x, q.scalar_type());
   check_dtype(op, "bias", bias, q.scalar_type());
@@ -579,8 +594,8 @@ Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const T
   if (slopes) p.slopes = {data<T>(*slopes), slopes->stride(0), slopes->stride(1), 0, 0};
   p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.head = q.size(3);
   p.key_heads = k.size(1), p.keys = k.size(2), p.values = v.size(3);
-  const int64_t blocks = std::max<int64_t>((p.queries + query_block - 1) / query_block, 1);
-  p.block = std::max<int64_t>(((p.queries + blocks - 1) / blocks + 15) / 16 * 16, 16);  // of about one size
+  const auto shares = [](int64_t x, int64_t of) { return std::max<int64_t>((x + of - 1) / of, 1); };
+  p.block = shares(shares(p.queries, shares(p.queries, query_block)), 16) * 16;  // blocks of about one size
   const int64_t unlimited = p.queries + p.keys;
   p.left = left < 0 ? unlimited : std::min(left, unlimited);
   p.right = is_causal ? 0 : right < 0 ? unlimited : std::min(right, unlimited);
@@ -589,6 +604,14 @@ Attention<T> arguments(const char* op, const Tensor& q, const Tensor& k, const T
   p.seed = seed ? uint64_t(*data<int64_t>(*seed)) : 0;
   p.least = uint32_t(dropout_p * 4294967296.0);
   p.kept = T(1 / (1 - dropout_p));
+  if (cos && sin) {
+    check(cos->size(3) == sin->size(3), op, ": cos has ", cos->size(3), " angles, sin ", sin->size(3));
+    for (const auto& [name, x] : {std::pair("cos", &cos), std::pair("sin", &sin)})
+      check((*x)->size(1) == 1 || p.key_heads == p.heads, op, ": ", name, " has ", (*x)->size(1),
+            " heads, q ", p.heads, ", k ", p.key_heads);
+    p.cos = broadcast<T>(cos), p.sin = broadcast<T>(sin);
+    p.half = cos->size(3), p.interleaved = interleaved;
+  }
   return p;
 }
 
@@ -600,23 +623,25 @@ auto of_type(const char* op, const Tensor& q, const Body& body) {
   return body(float{});
 }
 
-// What is done to q, k and v as they are read. in_bias: (3, H, D), added to them; query_weight: (D, D), which
-// queries are multiplied by then; or cos, sin: (N, H, L, R), by which queries and keys turn
-struct Reading {
-  Optional in_bias, query_weight, cos, sin;
-  bool interleaved = false;
-};
+// Cosines or sines by which q and k turn, as `Turn` takes them.
+Optional of_places(const char* op, const char* name, const Tensor& q, const Tensor& k,
+                   const Optional& given) {
+  return given ? Optional(angles(op, name, q, *given, std::max(q.size(2), k.size(2)))) : given;
+}
 
+// in_bias: (3, H, D), added to q, k and v as they are read, and query_weight: (D, D), which queries are
+// multiplied by then; neither where queries and keys turn
 std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                      const Reading& reading, const Optional& mask, const Optional& padding,
-                                      const Optional& bias, const Optional& slopes, const Optional& seed,
-                                      bool is_causal, double scale, double softcap, int64_t left,
-                                      int64_t right, double dropout_p) {
-  const auto& [in_bias, query_weight, of_cos, of_sin, interleaved] = reading;
+                                      const Optional& in_bias, const Optional& query_weight,
+                                      const Optional& mask, const Optional& padding, const Optional& bias,
+                                      const Optional& slopes, const Optional& seed, const Optional& of_cos,
+                                      const Optional& of_sin, bool is_causal, double scale, double softcap,
+                                      int64_t left, int64_t right, double dropout_p, bool interleaved) {
   return of_type(op, q, [&](auto element) {
     using T = decltype(element);
-    auto p = arguments<T>(op, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale, softcap, left,
-                          right, dropout_p);
+    const Optional cos = of_places(op, "cos", q, k, of_cos), sin = of_places(op, "sin", q, k, of_sin);
+    auto p = arguments<T>(op, q, k, v, mask, padding, bias, slopes, seed, cos, sin, is_causal, scale, softcap,
+                          left, right, dropout_p, interleaved);
     for (const auto& [name, x, size] : {std::tuple("in_bias", &in_bias, 3 * p.heads * p.head),
                                         std::tuple("query_weight", &query_weight, p.head * p.head)}) {
       check_dtype(op, name, *x, q.scalar_type());
@@ -627,16 +652,6 @@ std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Ten
       fail(op, ": q, k and v need to have the same heads and head dim");
     p.added = in_bias ? data<T>(*in_bias) : nullptr;
     p.weight = query_weight ? data<T>(*query_weight) : nullptr;
-    Optional cos, sin;
-    if (of_cos) {
-      const int64_t places = std::max(p.queries, p.keys);
-      cos = angles(op, "cos", q, *of_cos, places), sin = angles(op, "sin", q, *of_sin, places);
-      check(cos->size(3) == sin->size(3), op, ": cos has ", cos->size(3), " angles, sin ", sin->size(3));
-      for (const auto& [name, x] : {std::pair("cos", &cos), std::pair("sin", &sin)})
-        check((*x)->size(1) == 1 || p.key_heads == p.heads, op, ": ", name, " has ", (*x)->size(1),
-              " heads, q ", p.heads, ", k ", p.key_heads);
-      p.cos = broadcast<T>(cos), p.sin = broadcast<T>(sin), p.turn = {p.head, cos->size(3), interleaved};
-    }
     const int64_t row = p.heads * p.values;  // of one place, whichever of batch and length comes first
     const bool length_first = q.stride(0) < q.stride(2);
     Tensor out =
@@ -659,26 +674,18 @@ std::tuple<Tensor, Tensor> forward_of(const char* op, const Tensor& q, const Ten
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
                                    const Optional& padding, const Optional& bias, const Optional& slopes,
-                                   const Optional& seed, bool is_causal, double scale, double softcap,
-                                   int64_t left, int64_t right, double dropout_p) {
-  return forward_of(forward_name, q, k, v, {}, mask, padding, bias, slopes, seed, is_causal, scale, softcap,
-                    left, right, dropout_p);
+                                   const Optional& seed, const Optional& cos, const Optional& sin,
+                                   bool is_causal, double scale, double softcap, int64_t left, int64_t right,
+                                   double dropout_p, bool interleaved) {
+  return forward_of(forward_name, q, k, v, {}, {}, mask, padding, bias, slopes, seed, cos, sin, is_causal,
+                    scale, softcap, left, right, dropout_p, interleaved);
 }
 
 Tensor projected(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& in_bias,
                  const Optional& query_weight, const Optional& mask, const Optional& padding,
                  const Optional& bias, bool is_causal, double scale) {
-  return std::get<0>(forward_of("projected_attention", q, k, v, {in_bias, query_weight, {}, {}}, mask,
-                                padding, bias, {}, {}, is_causal, scale, 0, -1, -1, 0));
-}
-
-std::tuple<Tensor, Tensor> turned(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
-                                  const Tensor& sin, bool interleaved, const Optional& mask,
-                                  const Optional& padding, const Optional& bias, const Optional& slopes,
-                                  const Optional& seed, bool is_causal, double scale, double softcap,
-                                  int64_t left, int64_t right, double dropout_p) {
-  return forward_of("rotary_attention", q, k, v, {{}, {}, cos, sin, interleaved}, mask, padding, bias, slopes,
-                    seed, is_causal, scale, softcap, left, right, dropout_p);
+  return std::get<0>(forward_of("projected_attention", q, k, v, in_bias, query_weight, mask, padding, bias,
+                                {}, {}, {}, {}, is_causal, scale, 0, -1, -1, 0, false));
 }
 
 Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -686,12 +693,15 @@ Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : torch::sta
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Optional& mask, const Optional& padding, const Optional& bias, const Optional& slopes,
-    const Optional& seed, const Tensor& out, const Tensor& lse, bool is_causal, double scale, double softcap,
-    int64_t left, int64_t right, double dropout_p, bool bias_grad) {
+    const Optional& seed, const Optional& of_cos, const Optional& of_sin, const Tensor& out,
+    const Tensor& lse, bool is_causal, double scale, double softcap, int64_t left, int64_t right,
+    double dropout_p, bool interleaved, bool bias_grad) {
   return of_type(backward_name, q, [&](auto element) {
     using T = decltype(element);
-    const auto p = arguments<T>(backward_name, q, k, v, mask, padding, bias, slopes, seed, is_causal, scale,
-                                softcap, left, right, dropout_p);
+    const Optional cos = of_places(backward_name, "cos", q, k, of_cos),
+                   sin = of_places(backward_name, "sin", q, k, of_sin);
+    const auto p = arguments<T>(backward_name, q, k, v, mask, padding, bias, slopes, seed, cos, sin,
+                                is_causal, scale, softcap, left, right, dropout_p, interleaved);
     for (const auto& [name, x] :
          {std::pair("grad_out", &grad), std::pair("out", &out), std::pair("lse", &lse)})
       check_dtype(backward_name, name, *x, q.scalar_type());
@@ -739,6 +749,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   m.impl("attention.cpu", TORCH_BOX(&nnfast::cpu::forward));
   m.impl("projected_attention", TORCH_BOX(&nnfast::cpu::projected));
-  m.impl("rotary_attention", TORCH_BOX(&nnfast::cpu::turned));
   m.impl("attention_backward.cpu", TORCH_BOX(&nnfast::cpu::backward));
 }

@@ -35,7 +35,8 @@ struct Attention {
   const T* added;            // (3, H, D): to queries, keys and values, if there are as many of each
   const T* weight;           // (D, D): what queries are multiplied by then
   Operand<T> cos, sin;       // (N, H, L, R), by which queries and keys turn then
-  Turn<T> turn;
+  int64_t half;              // R: pairs that turn
+  bool interleaved;          // are neighbours
   int64_t batch, heads, key_heads, queries, keys, head, values;
   int64_t block;        // queries of a block in backward
   int64_t left, right;  // no less than both lengths where there is no limit
@@ -76,6 +77,30 @@ NNFAST_INLINE void copy_rows(const T* x, int64_t row, int64_t column, int64_t ro
     if (added)
       for (int64_t j = 0; j < columns; ++j) to[j] += added[j];
   }
+}
+
+// Rows of a head's queries or keys x, turned as its places from `first` on are, or back. to: (rows, D) at any
+// strides
+template <int bytes, bool back, class T>
+NNFAST_INLINE void turn_rows(const Attention<T>& p, int64_t n, int64_t h, int64_t first, const T* x,
+                             int64_t row, int64_t column, int64_t rows, T* to, int64_t to_row,
+                             int64_t to_column) {
+  const Turn<T, back> turn{p.head, p.half, p.interleaved};
+  const int64_t of_cos = p.cos.l, of_sin = p.sin.l;  // in registers: what is stored may overlap p
+  const T *c = p.cos.at(n, h) + first * of_cos, *s = p.sin.at(n, h) + first * of_sin;
+  for (int64_t i = 0; i < rows; ++i)
+    turn.template run<bytes>(x + i * row, column, c + i * of_cos, s + i * of_sin, to + i * to_row, to_column);
+}
+
+// Rows of a head's keys from `first` on as they enter products, (rows, D) without gaps.
+template <int bytes, class T>
+NNFAST_INLINE void read_keys(const Attention<T>& p, int64_t n, int64_t h, int64_t first, int64_t rows, T* to,
+                             const T* added = nullptr) {
+  const T* from = p.k.at(n, h) + first * p.k.l;
+  if (p.cos.data)
+    turn_rows<bytes, false>(p, n, h, first, from, p.k.l, p.k.d, rows, to, p.head, 1);
+  else
+    copy_rows(from, p.k.l, p.k.d, rows, p.head, to, added);
 }
 
 // A product, where it has few rows or columns in sums of 16: torch has those as dot products, whose rounding
@@ -186,8 +211,9 @@ struct Scores {
   using V = typename VectorOf<T, bytes>::type;
   using Bits = typename Lanes<V>::Bits;
   static constexpr int lanes = bytes / sizeof(T);
+  // vectors that go through the softmax side by side
   static constexpr int group = block % (8 * lanes) == 0 ? 8 : block % (6 * lanes) == 0 ? 6 : 4;
-  static_assert(block % (group * lanes) == 0);  // vectors that go through the softmax side by side
+  static_assert(block % (group * lanes) == 0);
   static constexpr T infinity = std::numeric_limits<T>::infinity();
 
   const Attention<T>& p;

@@ -32,8 +32,8 @@ struct InOrder {
 };
 
 // Of a row of `head` features the first 2 * half turn in pairs, neighbours or with `half` between, and what
-// is left is copied. Cosines and sines lie side by side.
-template <class T>
+// is left is copied. Cosines and sines lie side by side. back: the other way
+template <class T, bool back = false>
 struct Turn {
   using Compute = typename Scalar<T>::Compute;
   int64_t head, half;
@@ -53,8 +53,9 @@ struct Turn {
       const int64_t first = interleaved ? 2 * i : i, second = interleaved ? first + 1 : i + half;
       const Compute a = Scalar<T>::load(from[first * from_step]),
                     b = Scalar<T>::load(from[second * from_step]);
-      to[first * to_step] = Scalar<T>::store(a * c[i] - b * s[i]);
-      to[second * to_step] = Scalar<T>::store(b * c[i] + a * s[i]);
+      const Compute by_sin = back ? -s[i] : s[i];
+      to[first * to_step] = Scalar<T>::store(a * c[i] - b * by_sin);
+      to[second * to_step] = Scalar<T>::store(b * c[i] + a * by_sin);
     }
     if (dense)
       std::copy(from + 2 * half, from + head, to + 2 * half);
@@ -63,11 +64,16 @@ struct Turn {
   }
 
  private:
+  template <class V>
+  static NNFAST_INLINE V sines(const Compute* s) {
+    return back ? -load<V>(s) : load<V>(s);
+  }
+
   template <int bytes>
   NNFAST_INLINE void halves(const T* from, const Compute* c, const Compute* s, T* to) const {
     using Some = InOrder<T, bytes>;
     using V = typename Some::V;
-    const V a = Some::from(from), b = Some::from(from + half), by_cos = load<V>(c), by_sin = load<V>(s);
+    const V a = Some::from(from), b = Some::from(from + half), by_cos = load<V>(c), by_sin = sines<V>(s);
     Some::to(to, a * by_cos - b * by_sin);
     Some::to(to + half, b * by_cos + a * by_sin);
   }
@@ -81,7 +87,7 @@ struct Turn {
     const Bits lane = iota<Bits>(), of_second = (lane & 1) * lanes;
     const V low = Some::from(from), high = Some::from(from + lanes);
     const V a = __builtin_shuffle(low, high, lane * 2), b = __builtin_shuffle(low, high, lane * 2 + 1);
-    const V by_cos = load<V>(c), by_sin = load<V>(s);
+    const V by_cos = load<V>(c), by_sin = sines<V>(s);
     const V first = a * by_cos - b * by_sin, second = b * by_cos + a * by_sin;
     Some::to(to, __builtin_shuffle(first, second, (lane >> 1) + of_second));
     Some::to(to + lanes, __builtin_shuffle(first, second, (lane >> 1) + lanes / 2 + of_second));

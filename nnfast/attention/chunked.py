@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.operator import attention_out, compute_dtype, without_autocast
 from . import reference
-from .reference import Place, Terms, wide
+from .reference import TENSORS, Place, Terms, wide
 
 _BLOCK = 1 << 20
 """Scores of a block, at most."""
@@ -105,7 +105,7 @@ _flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     """Out, in memory (N, Lq, H, Dv) or (Lq, N, H, Dv), and log-sum-exp; rest: `Terms`."""
-    terms = Terms(*rest)  # type: ignore[arg-type]
+    q, k, terms = reference.turned(q, k, Terms(*rest))  # type: ignore[arg-type]
     n, h, queries, _ = q.shape
     values = v.shape[3]
     out = attention_out(q, values)
@@ -126,9 +126,10 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, if that is asked for, bias; rest: the operator's arguments from mask on."""
-    *tensors, out, lse = rest[:7]
-    *options, bias_grad = rest[7:]
-    terms = Terms(*tensors, *options)  # type: ignore[arg-type]
+    *tensors, out, lse = rest[: TENSORS + 2]
+    *options, bias_grad = rest[TENSORS + 2 :]
+    given = Terms(*tensors, *options)  # type: ignore[arg-type]
+    q, k, terms = reference.turned(q, k, given)
     bias = terms.bias if bias_grad else None
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(wide(x)) for x in (k, v))  # sums over blocks
@@ -164,8 +165,7 @@ def backward(
             if of_block is not None and some_bias is not None:
                 of_block += some_bias
     return (
-        grad_q,
-        grad_k.to(k.dtype),
+        *reference.turned_back(grad_q, grad_k.to(k.dtype), given),
         grad_v.to(v.dtype),
         grad_bias.to(q.dtype if bias is None else bias.dtype),
     )

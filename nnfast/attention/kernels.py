@@ -6,7 +6,9 @@ a block of keys and goes over the queries that see these. Blocks that all see wh
 are apart from those at an edge. Scores of half types carry log2(e), so that exp2 serves; others do not, since
 rounding both a score and lse so would show in their difference.
 
-Rotary embedding (Su et al. 2021, arXiv:2104.09864) has a kernel of its own, the last one here.
+Rotary embedding (Su et al. 2021, arXiv:2104.09864): forward turns queries as it reads them, and keys if few
+queries read them; backward turns gradients back as it writes them. What each program of many would have to
+turn again has a kernel of its own, the last one here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from ..core.operator import attention_out
 from ..core.triton import TensorDescriptor, architecture, one_minus_exp, tl, triton, wide
-from ..core.tuning import AttentionConfig, attention_config, rotary_config
+from ..core.tuning import ROTARY_HEAD, ROTARY_QUERIES, AttentionConfig, attention_config, rotary_config
+from .reference import TENSORS
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 1024
@@ -87,6 +90,47 @@ def _store(
     d = tl.arange(0, BLOCK_D)[None, :]
     pointers = x_ptr + n * x_n + h * x_h + (row.to(tl.int64) * x_row + d)
     tl.store(pointers, x.to(x_ptr.dtype.element_ty), mask=(row < length) & (d < D))
+
+
+@triton.jit
+def _turned(
+    x,
+    n,
+    h,
+    start,
+    length,
+    cos_ptr,
+    sin_ptr,
+    turn_n,
+    turn_h,
+    turn_row,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile whose first HALF pairs turn, or BACK; HALF is a power of 2, or pairs are INTERLEAVED."""
+    row = tl.arange(0, BLOCK)[:, None]
+    pair = tl.arange(0, BLOCK_D // 2)[None, :]
+    turns = pair < HALF
+    there = (start + row < length) & turns
+    origin = n * turn_n + h * turn_h + tl.cast(start, tl.int64) * turn_row
+    cos = tl.load(cos_ptr + origin + (row * turn_row + pair), mask=there, other=1.0)
+    sin = tl.load(sin_ptr + origin + (row * turn_row + pair), mask=there, other=0.0)
+    sin = -sin if BACK else sin
+    pairs = wide(x)
+    if not INTERLEAVED:
+        pairs = tl.permute(pairs.reshape([BLOCK, BLOCK_D // (2 * HALF), 2, HALF]), (0, 1, 3, 2))
+    a, b = tl.split(pairs.reshape([BLOCK, BLOCK_D // 2, 2]))
+    first = a * cos - b * sin
+    second = b * cos + a * sin
+    if 2 * HALF < BLOCK_D:
+        first, second = tl.where(turns, first, a), tl.where(turns, second, b)
+    pairs = tl.join(first, second)
+    if not INTERLEAVED:
+        pairs = tl.permute(pairs.reshape([BLOCK, BLOCK_D // (2 * HALF), HALF, 2]), (0, 1, 3, 2))
+    return pairs.reshape([BLOCK, BLOCK_D]).to(x.dtype)
 
 
 @triton.jit
@@ -285,6 +329,11 @@ def _forward_blocks(
     keys,
     left,
     right,
+    cos_ptr,
+    sin_ptr,
+    turn_n,
+    turn_h,
+    turn_row,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAP: tl.constexpr,
@@ -292,6 +341,9 @@ def _forward_blocks(
     RIGHT: tl.constexpr,
     EDGE: tl.constexpr,
     RAW: tl.constexpr,
+    TURN_K: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -307,6 +359,11 @@ def _forward_blocks(
         if EDGE:
             start = place + tl.where(place >= gap_at, gap, 0)
         k = _tile(k_ptr, n, hk, k_n, k_h, k_m, start, keys, D, BLOCK_N, BLOCK_D, EDGE, DESCRIPTOR)
+        if TURN_K:
+            k = _turned(
+                k, n, hk, start, keys, cos_ptr, sin_ptr, turn_n, turn_h, turn_row,
+                HALF, INTERLEAVED, False, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         s, _ = _scores(
@@ -378,12 +435,20 @@ def forward_kernel(
     out_h,
     out_m,
     lse_ptr,
+    cos_ptr,
+    sin_ptr,
+    turn_n,
+    turn_h,
+    turn_row,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     RAW: tl.constexpr,
+    TURN_K: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -400,6 +465,11 @@ def forward_kernel(
     h = head % heads
     hk = h // group
     q = _tile(q_ptr, n, h, q_n, q_h, q_m, row, queries, D, BLOCK_M, BLOCK_D, True, False)
+    if cos_ptr is not None:
+        q = _turned(
+            q, n, h, row, queries, cos_ptr, sin_ptr, turn_n, turn_h, turn_row,
+            HALF, INTERLEAVED, False, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
     first, whole_first, whole_last, end = _keys_of(
         row, n, bounds_ptr, queries, keys, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
@@ -416,7 +486,8 @@ def forward_kernel(
             k_ptr, k_n, k_h, k_m, v_ptr, v_n, v_h, v_m, mask_ptr, mask_n, mask_h, mask_m, mask_k,
             padding_ptr, padding_n, padding_k, bias_ptr, bias_n, bias_h, bias_m, bias_k,
             slopes_ptr, slopes_n, slopes_h, seed_ptr, threshold, scale, cap, queries, keys, left, right,
-            D, DV, CAP, LEFT, RIGHT, EDGE == 1, RAW, DESCRIPTOR, PRECISION,
+            cos_ptr, sin_ptr, turn_n, turn_h, turn_row,
+            D, DV, CAP, LEFT, RIGHT, EDGE == 1, RAW, TURN_K, HALF, INTERLEAVED, DESCRIPTOR, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     blind = total == 0.0
@@ -620,11 +691,18 @@ def grad_q_kernel(
     grad_bias_h,
     grad_bias_m,
     grad_bias_k,
+    cos_ptr,
+    sin_ptr,
+    turn_n,
+    turn_h,
+    turn_row,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -674,6 +752,11 @@ def grad_q_kernel(
                 grad_product.to(k.dtype), k, grad_q, input_precision=PRECISION, out_dtype=grad_q.dtype
             )
     grad_q = grad_q * _scalar(product_scale, grad_q.dtype)
+    if cos_ptr is not None:
+        grad_q = _turned(
+            grad_q, n, h, row, queries, cos_ptr, sin_ptr, turn_n, turn_h, turn_row,
+            HALF, INTERLEAVED, True, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
     _store(grad_q_ptr, grad_q, n, h, grad_q_n, grad_q_h, grad_q_m, row, queries, D, BLOCK_M, BLOCK_D)
 
 
@@ -734,11 +817,18 @@ def grad_kv_kernel(
     grad_v_n,
     grad_v_h,
     grad_v_m,
+    cos_ptr,
+    sin_ptr,
+    turn_n,
+    turn_h,
+    turn_row,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -813,8 +903,13 @@ def grad_kv_kernel(
         seen = (tl.load(pointers, mask=j < keys, other=1) == 0)[:, None]
         grad_k = tl.where(seen, grad_k, 0.0)
         grad_v = tl.where(seen, grad_v, 0.0)
-    _store(grad_k_ptr, grad_k, n, hk, grad_k_n, grad_k_h, grad_k_m, start, keys, D, BLOCK_N, BLOCK_D)
     _store(grad_v_ptr, grad_v, n, hk, grad_v_n, grad_v_h, grad_v_m, start, keys, DV, BLOCK_N, BLOCK_DV)
+    if cos_ptr is not None:
+        grad_k = _turned(
+            grad_k, n, hk, start, keys, cos_ptr, sin_ptr, turn_n, turn_h, turn_row,
+            HALF, INTERLEAVED, True, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    _store(grad_k_ptr, grad_k, n, hk, grad_k_n, grad_k_h, grad_k_m, start, keys, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -961,6 +1056,32 @@ def _bounds(padding: Tensor) -> Tensor:
     return torch.stack([torch.minimum(first, end), end], 1)
 
 
+class _Turn:
+    """By what q and k of a call turn, if they do."""
+
+    def __init__(self, cos: Tensor | None, sin: Tensor | None, interleaved: bool, head: int) -> None:
+        half = 0 if cos is None else cos.shape[3]
+        self.angles = (cos, sin)
+        self.interleaved = interleaved
+        by_powers = interleaved or half == triton.next_power_of_2(half)
+        self.in_tiles = half > 0 and by_powers and head <= ROTARY_HEAD
+        """Whether the kernels do it."""
+        self.arguments: tuple[Any, ...] = (None, None, 0, 0, 0)
+        self.options: dict[str, Any] = {"HALF": half if self.in_tiles else 0, "INTERLEAVED": interleaved}
+        if cos is not None and sin is not None and self.in_tiles:
+            if cos.stride() != sin.stride() or _innermost(cos) is not cos:
+                cos, sin = cos.contiguous(), sin.contiguous()
+            self.arguments = (cos, sin, *(cos.stride(i) if cos.shape[i] > 1 else 0 for i in range(3)))
+
+    def __call__(self, x: Tensor, back: bool = False) -> Tensor:
+        """Queries or keys, or gradients of them turned back."""
+        cos, sin = self.angles
+        if cos is None or sin is None:
+            return x
+        cos, sin = cos[:, :, : x.shape[2]], sin[:, :, : x.shape[2]]
+        return rotary(x, cos, -sin if back else sin, self.interleaved)
+
+
 class _Call:
     """What the kernels of one call share: their first arguments, and what they are compiled for."""
 
@@ -974,13 +1095,19 @@ class _Call:
         bias: Tensor | None,
         alibi_slopes: Tensor | None,
         seed: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
         is_causal: bool,
         scale: float,
         softcap: float,
         left: int,
         right: int,
         dropout_p: float,
+        interleaved: bool,
     ) -> None:
+        self.turn = _Turn(cos, sin, interleaved, max(q.shape[3], v.shape[3]))
+        self.turns_keys = False
+        """Whether forward turns keys as it reads them."""
         self.q, self.k, self.v = q, k, v = _innermost(q), _innermost(k), _innermost(v)
         self.n, self.heads, self.queries, d = q.shape
         self.keys, dv = v.shape[2:]
@@ -1053,7 +1180,7 @@ class _Call:
     def config(self, kernel: Any, arch: str) -> AttentionConfig:
         """How a kernel is launched here."""
         head = max(self.options["BLOCK_D"], self.options["BLOCK_DV"])
-        name = kernel.__name__.removesuffix("_kernel")
+        name = "turning_forward" if self.turns_keys else kernel.__name__.removesuffix("_kernel")
         return attention_config(name, arch, self.q.element_size(), head, self.plain)
 
     def run(
@@ -1090,10 +1217,17 @@ def _tf32(q: Tensor) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     """out: (N, H, Lq, Dv), and lse: (N, H, Lq); terms as in reference.Terms."""
     call = _Call(q, k, v, *terms)
+    turn = call.turn
+    call.turns_keys = turn.in_tiles and call.queries * (call.heads // k.shape[1]) <= ROTARY_QUERIES
+    if not turn.in_tiles:
+        call.q = turn(call.q)
+    if not call.turns_keys:
+        call.k = turn(call.k)
     out = attention_out(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     with torch.accelerator.device_index(q.device.index):
-        call.launch(forward_kernel, out, *out.stride()[:3], lse, RAW=call.raw)
+        of_out = (out, *out.stride()[:3], lse, *turn.arguments)
+        call.launch(forward_kernel, *of_out, RAW=call.raw, TURN_K=call.turns_keys, **turn.options)
     return out, lse
 
 
@@ -1106,9 +1240,11 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and bias (empty unless bias_grad); rest: terms, out, lse, options, bias_grad."""
-    *tensors, out, lse = rest[:7]
-    *options, bias_grad = rest[7:]
+    *tensors, out, lse = rest[: TENSORS + 2]
+    *options, bias_grad = rest[TENSORS + 2 :]
     call = _Call(q, k, v, *tensors, *options)
+    turn = call.turn
+    call.q, call.k = turn(call.q), turn(call.k)
     bias: Tensor | None = tensors[2]
     grad_out = _innermost(grad_out)
     grads = [torch.empty_like(x) for x in (q, k, v)]
@@ -1130,17 +1266,20 @@ def backward(
                 lse, delta, level, call.heads, call.queries,
                 DV=v.shape[3], BLOCK_M=block, BLOCK_DV=call.options["BLOCK_DV"], num_warps=4,
             )  # fmt: skip
-        of_kv = (*to[1:2], *to[1].stride()[:3], to[2], *to[2].stride()[:3])
-        call.launch(grad_kv_kernel, *rows, product_scale, *of_kv, by_key=True)
+        to_kv = (*to[1:2], *to[1].stride()[:3], to[2], *to[2].stride()[:3])
+        call.launch(
+            grad_kv_kernel, *rows, product_scale, *to_kv, *turn.arguments, by_key=True, **turn.options
+        )
         of_bias = (grad_bias, *grad_bias.stride()) if whole else (None, 0, 0, 0, 0)
-        of_q = (to[0], *to[0].stride()[:3], *of_bias)
-        call.launch(grad_q_kernel, *rows, product_scale, *of_q)
+        to_q = (to[0], *to[0].stride()[:3], *of_bias)
+        call.launch(grad_q_kernel, *rows, product_scale, *to_q, *turn.arguments, **turn.options)
         if bias_grad and bias is not None and not whole:
             _broadcast_bias(call, bias, grad_bias, rows)
     for grad, x in zip(grads, to, strict=True):
         if x is not grad:
             grad.copy_(x)
-    return grads[0], grads[1], grads[2], grad_bias
+    of_q, of_k = grads[:2] if turn.in_tiles else (turn(x, back=True) for x in grads[:2])
+    return of_q, of_k, grads[2], grad_bias
 
 
 def _broadcast_bias(call: _Call, bias: Tensor, grad_bias: Tensor, rows: tuple[Any, ...]) -> None:

@@ -54,7 +54,8 @@ def attention(
             of q's device if None.
         return_lse: also return the log-sum-exp of the scores.
         rotary: turns q and k first, as `rotary(q, k, positions)` does. Our CPU kernels turn them as they
-            read, unless autograd records or q is in a half type.
+            read, and gradients back as they write; so do Triton's, but keys, which many programs read, and
+            what a backward pass reads, are mostly turned before.
         positions: for `rotary`, broadcastable to both (N, H, Lq) and (N, Hk, Lk); counted from 0 if None.
 
     Returns:

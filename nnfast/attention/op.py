@@ -3,9 +3,9 @@
 Two opaque operators, and the same again as overloads `triton` and `cpu`; arguments as in reference.py, mask
 expanded:
 
-    nnfast::attention(q, k, v, mask, key_padding, bias, alibi_slopes, seed, *options) -> (out, lse)
-    nnfast::attention_backward(grad_out, grad_lse, q, k, v, mask, key_padding, bias, alibi_slopes, seed,
-        out, lse, *options, bias_grad) -> (grad_q, grad_k, grad_v, grad_bias)
+    nnfast::attention(q, k, v, mask, key_padding, bias, alibi_slopes, seed, cos, sin, *options) -> (out, lse)
+    nnfast::attention_backward(grad_out, grad_lse, q, k, v, mask, key_padding, bias, alibi_slopes, seed, cos,
+        sin, out, lse, *options, bias_grad) -> (grad_q, grad_k, grad_v, grad_bias)
 
 out is laid out as `core.operator.attention_out` says, gradients as `torch.empty_like` lays them out;
 grad_bias is empty unless bias_grad. For inference on the CPU alone, one of (q + in_bias[0]) query_weight,
@@ -13,12 +13,6 @@ k + in_bias[1] and v + in_bias[2], with in_bias: (3, H, D) and query_weight: (D,
 
     nnfast::projected_attention(q, k, v, in_bias, query_weight, mask, key_padding, bias, is_causal, scale)
         -> out
-
-and one of queries and keys that turn as in rotary.py, with cos, sin: (N, H, L, R) or 1 in place of N, H and
-L, else of the longer length:
-
-    nnfast::rotary_attention(q, k, v, cos, sin, interleaved, mask, key_padding, bias, alibi_slopes, seed,
-        *options) -> (out, lse)
 
 `ATTENTION`, which chooses among the backends, is differentiable in q, k, v and bias.
 """
@@ -50,15 +44,18 @@ from ..core.operator import (
     transformed,
 )
 from . import chunked, reference, sdpa
-from .reference import Terms
+from .reference import TENSORS, Terms
 from .rotary import ROTARY
 
 LARGEST_HEAD = 256
 
-_TERMS = "Tensor? mask, Tensor? key_padding, Tensor? bias, Tensor? alibi_slopes, Tensor? seed"
-_OPTIONS = "bool is_causal, float scale, float softcap, SymInt left, SymInt right, float dropout_p"
-_TENSORS = 5
-"""How many of `Terms` come first and are tensors."""
+_TERMS = (
+    "Tensor? mask, Tensor? key_padding, Tensor? bias, Tensor? alibi_slopes, Tensor? seed, Tensor? cos, "
+    "Tensor? sin"
+)
+_OPTIONS = (
+    "bool is_causal, float scale, float softcap, SymInt left, SymInt right, float dropout_p, bool interleaved"
+)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +106,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = kernels.forward(*args)
-        tensors = 3 + _TENSORS
+        tensors = 3 + TENSORS
         ctx.save_for_backward(*args[:tensors], out, lse)
         ctx.options, ctx.kernels = args[tensors:], kernels
         ctx.set_materialize_grads(False)
@@ -127,7 +124,7 @@ class _Attention(torch.autograd.Function):
         else:
             saved = (q, k, v, *tensors, out, lse)
             grads = ctx.kernels.backward(grad_out, grad_lse, *saved, *ctx.options, bias_grad)
-        return None, *grads[:3], None, None, grads[3] if bias_grad else None, *[None] * 8
+        return None, *grads[:3], None, None, grads[3] if bias_grad else None, *[None] * 11
 
 
 _attention = super(torch.autograd.Function, _Attention).apply
@@ -184,25 +181,6 @@ def _projected_fallback(
 
 
 LIBRARY.impl("projected_attention", _projected_fallback, "CompositeExplicitAutograd")
-
-TURNED = define(
-    LIBRARY,
-    f"rotary_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool interleaved, {_TERMS}, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
-    _fake,
-)
-
-
-def _turned_fallback(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *terms: Any
-) -> tuple[Tensor, Tensor]:
-    q, k = (
-        reference.rotary(x, cos[..., : x.shape[2], :], sin[..., : x.shape[2], :], interleaved) for x in (q, k)
-    )
-    return chunked.forward(q, k, v, *terms)
-
-
-LIBRARY.impl("rotary_attention", _turned_fallback, "CompositeExplicitAutograd")
 
 
 def _run_aten(
@@ -377,7 +355,7 @@ def arguments(
         seed = torch.full((), seed, dtype=torch.int64, device=q.device)  # a copy would wait for the GPU
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     options = (bool(is_causal), scale, float(softcap or 0.0), left, right, float(dropout_p))
-    return q, k, v, Terms(mask, key_padding_mask, bias, alibi_slopes, seed, *options), return_lse
+    return q, k, v, Terms(mask, key_padding_mask, bias, alibi_slopes, seed, None, None, *options), return_lse
 
 
 _NAME = "nnfast.attention"
@@ -502,30 +480,31 @@ def rotary_attention(
 ) -> Any:
     """`attention` of q and k turned by cosines and sines, those of the shorter the first of the longer's.
 
-    Our CPU kernels turn as they read where nothing is to be differentiated, which spares two passes over
-    memory; all others turn before.
+    Our kernels turn as they read, and gradients back as they write; for torch's they turn before.
     """
-    terms = _terms_for_cpu(q, k, v, *options)
-    if terms is None:
+    ours = None if requires_grad(*of_q) else _ours(q, k, v, *options)
+    if ours is None:
         return attention(ROTARY(q, *of_q, interleaved), ROTARY(k, *of_k, interleaved), v, *options)
+    run, terms = ours
     longer = of_q if q.shape[2] > k.shape[2] else of_k
-    angles = (x[(None,) * (4 - x.dim())] for x in longer)
-    out, lse = TURNED(q, k, v, *angles, interleaved, *_expanded(_seeded(terms, q), q, k))
+    cos, sin = (x[(None,) * (4 - x.dim())] for x in longer)
+    terms = _seeded(terms, q)._replace(cos=cos, sin=sin, interleaved=interleaved)
+    out, lse = run(q, k, v, terms, options[-1])
     return (out, lse) if options[-1] else out
 
 
-def _terms_for_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Terms | None:
-    """Those of a call that is our CPU kernels' as it is, in q's dtype and without gradients; else None."""
-    if is_compiling() or q.dtype not in _CPU_DTYPES or requires_grad(q, k, v):
+def _ours(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Callable[..., Any], Terms] | None:
+    """Which of our kernels a call is for, as it is and in q's dtype, and its terms; None if for none."""
+    if is_compiling():
         return None
     if _is_bare(*options) and _is_plain(q, k, v):
-        return _bare_terms(q, *options[3:5]) if _is_plain_for_cpu(q, k, v) else None
-    if forced_outside_compile() is None and not is_for_cpu(q, q.shape[2]):
+        return (CPU, _bare_terms(q, *options[3:5])) if _is_plain_for_cpu(q, k, v) else None
+    if q.is_cpu and forced_outside_compile() is None and not is_for_cpu(q, q.shape[2]):
         return None
     call = arguments(q, k, v, *options)
-    terms: Terms = call[3]
-    serves = call[0].dtype == q.dtype and not requires_grad(terms.bias)  # autocast has it in another
-    return terms if serves and ATTENTION.choose(*call).name == "cpu" else None
+    backend = ATTENTION.choose(*call)
+    serves = backend.name in ("cpu", "triton") and call[0].dtype == q.dtype  # autocast has it in another
+    return (backend.run, call[3]) if serves else None
 
 
 def _is_bare(
@@ -577,13 +556,14 @@ def projected_attention(
     """
     projections = [x if x is None else x.contiguous() for x in (in_bias, query_weight)]
     options = (mask, key_padding_mask, bias, is_causal, scale, 0.0, None, None, None, None, False)
-    terms = None if requires_grad(*projections) else _terms_for_cpu(q, k, v, *options)
+    wanted = q.dtype in _CPU_DTYPES and not requires_grad(q, k, v, bias, *projections)
+    ours = _ours(q, k, v, *options) if wanted and q.is_cpu else None
     out: Tensor
-    if terms is None:
+    if ours is None or ours[0] is TRITON:
         out = attention(*_projected(q, k, v, *projections), *options)
     else:
-        given = _expanded(terms, q, k)[:3]
-        out = PROJECTED(q, k, v, *projections, *given, terms.is_causal, terms.scale)
+        terms = _expanded(ours[1], q, k)
+        out = PROJECTED(q, k, v, *projections, *terms[:3], terms.is_causal, terms.scale)
     return out
 
 

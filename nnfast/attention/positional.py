@@ -120,7 +120,7 @@ def rotary_embedding(
         interleaved: pairs are features 2i and 2i + 1; else i and i + rotary_dim / 2, as in Llama.
 
     Returns:
-        x's shape and dtype. Differentiable in x.
+        x's shape and dtype. Differentiable in x, and in positions that are floats.
 
     Raises:
         TypeError: if x is not floating-point.

@@ -42,6 +42,9 @@ class Terms(NamedTuple):
     """(N, H)."""
     seed: Tensor | None = None
     """Of dropout: int64 ()."""
+    cos: Tensor | None = None
+    """By which, and sin, q and k turn: (N, H, L, R), or 1 in place of the first three; L of the longer."""
+    sin: Tensor | None = None
     is_causal: bool = False
     scale: float = 1.0
     softcap: float = 0.0
@@ -51,10 +54,12 @@ class Terms(NamedTuple):
     right: int = -1
     """The same behind it."""
     dropout_p: float = 0.0
+    interleaved: bool = False
+    """Of what turns, pairs are neighbours."""
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but scale and causality."""
+        """Nothing but scale and causality enters the probabilities of q and k, turned or not."""
         return (
             self.mask is self.key_padding is self.bias is self.alibi_slopes is None
             and not (self.softcap or self.dropout_p)
@@ -82,6 +87,8 @@ class Place(NamedTuple):
 
 
 WHOLE = Place()
+TENSORS = 7
+"""How many of `Terms` come first and are tensors."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -206,6 +213,7 @@ def _softmax(q: Tensor, k: Tensor, terms: Terms, place: Place) -> _Softmax:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms, place: Place = WHOLE) -> tuple[Tensor, Tensor]:
     """Out: (N, H, Lq, Dv) in q's dtype, and log-sum-exp: (N, H, Lq) in the compute dtype."""
+    q, k, terms = turned(q, k, terms)
     p, log_sum_exp, factor, _ = _softmax(q, k, terms, place)
     p = p if factor is None else p * factor
     return (p @ _for_query_heads(v, q)).to(q.dtype), log_sum_exp
@@ -221,6 +229,8 @@ def attention_backward(
     place: Place = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and bias, of their shapes and dtypes; differentiable."""
+    given = terms
+    q, k, terms = turned(q, k, terms)
     p, _, factor, slope = _softmax(q, k, terms, place)
     grad = wide(grad_out)
     grad_v = (p if factor is None else p * factor).mT @ grad
@@ -232,8 +242,25 @@ def attention_backward(
     grad_bias = None if bias is None else grad_s.sum_to_size(bias.shape).to(bias.dtype)
     grad_s = grad_s if slope is None else grad_s * slope
     grad_q = (grad_s @ _for_query_heads(k, q) * terms.scale).to(q.dtype)
-    grad_k = grad_s.mT @ (wide(q) * terms.scale)
-    return grad_q, _for_key_heads(grad_k, k), _for_key_heads(grad_v, v), grad_bias
+    grad_k = _for_key_heads(grad_s.mT @ (wide(q) * terms.scale), k)
+    return *turned_back(grad_q, grad_k, given), _for_key_heads(grad_v, v), grad_bias
+
+
+def turned(q: Tensor, k: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Terms]:
+    """Queries and keys as they meet, and the terms of a call with these."""
+    if terms.cos is None or terms.sin is None:
+        return q, k, terms
+    q, k = (
+        rotary(x, terms.cos[:, :, : x.shape[2]], terms.sin[:, :, : x.shape[2]], terms.interleaved)
+        for x in (q, k)
+    )
+    return q, k, terms._replace(cos=None, sin=None)
+
+
+def turned_back(grad_q: Tensor, grad_k: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k from those of what they turned into."""
+    back = terms if terms.sin is None else terms._replace(sin=-terms.sin)
+    return turned(grad_q, grad_k, back)[:2]
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

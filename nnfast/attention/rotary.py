@@ -27,6 +27,7 @@ from ..core.operator import (
     implement,
     place_why_not,
     plain_why_not,
+    requires_grad,
     size_not_worth,
     transformed,
 )
@@ -86,8 +87,10 @@ def _run(operator: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor, i
     return y if four is x else y.view(x.shape)
 
 
-def _why_not(backend: str, x: Tensor, *_: Any) -> list[str]:
+def _why_not(backend: str, x: Tensor, cos: Tensor, *_: Any) -> list[str]:
     reasons = place_why_not("rotary", backend, "x", x) + plain_why_not("x", x)
+    if requires_grad(cos):
+        reasons.append("positions require grad; our kernels give none")
     if transformed():
         reasons.append("a torch.func transform or forward-mode differentiation is active")
     return reasons

@@ -333,6 +333,13 @@ ATTENTION_SCORES = 1 << 14
 ATTENTION_BIAS_KEYS = 32
 """Fewest keys for which its gradient of a bias is as exact as torch's."""
 
+ROTARY_QUERIES = 128
+"""Most queries, of all heads that read the same keys, for which Triton's attention turns keys as it reads
+them, each program again. Not yet measured."""
+
+ROTARY_HEAD = 128
+"""Largest head that it turns itself: as compiled ahead of time, larger ones spill."""
+
 MULTIHEAD_ELEMENTS = 1 << 18
 """Fewest elements of queries for which multi-head attention without autograd pays on the CPU."""
 
@@ -423,10 +430,15 @@ _ATTENTION: dict[tuple[str, str], tuple[tuple[tuple[int, int, int, int], ...], .
     ),
 }
 
-# The same for kernel grad_bias on every architecture, and for wider types everywhere.
-_ATTENTION_BIAS = ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 8, 1))
+# The same on every architecture for grad_bias, and for forward of few queries that turns keys; and for wider
+# types everywhere.
+_ATTENTION_ANY = {
+    "grad_bias": ((64, 64, 8, 2), (64, 64, 8, 1), (16, 16, 8, 1)),
+    "turning_forward": ((64, 32, 8, 2), (64, 16, 8, 2)),
+}
 _ATTENTION_WIDE = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    "turning_forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
     "grad_q": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
     "grad_kv": ((32, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "grad_bias": ((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
@@ -434,7 +446,7 @@ _ATTENTION_WIDE = {
 
 
 def attention_config(kernel: str, arch: str, element_size: int, head: int, plain: bool) -> AttentionConfig:
-    """Launch configuration of forward, grad_q, grad_kv or grad_bias for heads padded to `head`.
+    """Launch configuration of (turning_)forward, grad_q, grad_kv or grad_bias for heads padded to `head`.
 
     plain: neither a mask, nor anything added to the scores or done to them, nor dropout; padding and windows
     may be.
@@ -442,6 +454,6 @@ def attention_config(kernel: str, arch: str, element_size: int, head: int, plain
     size = 0 if head <= 64 else 1 if head <= 128 else 2
     if element_size > 2:
         return AttentionConfig(*_ATTENTION_WIDE[kernel][size])
-    if kernel == "grad_bias":
-        return AttentionConfig(*_ATTENTION_BIAS[size])
+    if kernel in _ATTENTION_ANY:
+        return AttentionConfig(*_ATTENTION_ANY[kernel][size])
     return AttentionConfig(*_ATTENTION[kernel, arch][0 if plain else 1][size])

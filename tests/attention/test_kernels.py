@@ -8,46 +8,15 @@ from torch.testing import assert_close
 
 import nnfast
 from nnfast.attention import kernels, op
-from nnfast.core.op import triton_why_not
-from nnfast.core.tuning import AttentionConfig
 from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, torchs, truth
+from tests.attention.conftest import FLAT, SQUARE, TALL
 from tests.attention.test_attention import assert_as_exact, error, options_in
-
-SQUARE = AttentionConfig(16, 16, 4, 2)
-TALL = AttentionConfig(32, 16, 4, 2)
-FLAT = AttentionConfig(16, 32, 4, 2)
 
 ODD = Shape(2, 3, 3, 33, 64, 5, 24)
 GROUPED = Shape(2, 4, 2, 65, 33, 16, 16)
 MULTI_QUERY = Shape(1, 4, 1, 40, 70, 8, 16)
 ONE_QUERY = Shape(4, 8, 8, 1, 129, 16, 8)  # enough numbers that torch's largest error is not luck
 ONE_KEY = Shape(1, 2, 1, 33, 1, 1, 3)
-
-
-@pytest.fixture
-def in_triton(monkeypatch, device):
-    """Calls run there, in tiles of a given size and with or without the copy engine's descriptors."""
-    if missing := triton_why_not(device):
-        pytest.skip(missing)
-
-    def configure(config: AttentionConfig = SQUARE, arch: str = "sm_80") -> None:
-        monkeypatch.setattr(kernels, "attention_config", lambda *_: config)
-        if device == "cpu":
-            monkeypatch.setattr(kernels, "architecture", lambda _: arch)
-
-    configure()
-    with nnfast.backend("triton"):
-        yield configure
-
-
-@pytest.fixture(params=["triton", "cpu"])
-def in_kernels(request):
-    """Calls run in Triton, as above, or in the compiled CPU kernels."""
-    if request.param == "triton":
-        yield request.getfixturevalue("in_triton")
-        return
-    request.getfixturevalue("in_compiled")
-    yield lambda *_: None
 
 
 def with_lse(*args: torch.Tensor, **options: object) -> object:

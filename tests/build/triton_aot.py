@@ -31,6 +31,7 @@ from nnfast.core.tuning import (
     CONV_CONFIGS,
     CONV_INPUT_WIDEST,
     CONV_WEIGHT_CONFIGS,
+    ROTARY_HEAD,
     ConvConfig,
     attention_config,
     norm_rows_config,
@@ -208,6 +209,12 @@ TERMS = (
     ("right", "padding", "seed"),
 )
 """Calls with others. What has all of them at once may spill a little."""
+ROTARY = {
+    "forward": (("right", "halves"), ("right", "halves", "keys"), ("right", "neighbours", "keys")),
+    "grad_q": (("right", "halves"), ("right", "neighbours")),
+    "grad_kv": (("right", "halves"), ("right", "neighbours")),
+}
+"""Calls with rotary embedding of all features; keys: forward turns these too. In half types."""
 OPTIONAL = {"cap", *PLAIN, *itertools.chain(*TERMS)}
 ALL_TERMS = os.environ.get("NNFAST_AOT_ALL") == "1"
 """Every configuration with each of TERMS, not with one of them in turn."""
@@ -232,7 +239,9 @@ def attention_builds() -> Iterator[tuple[Case, str]]:
                 one = dtype != "bf16" or number % 3 == place
                 variants = TERMS if ALL_TERMS else [next(terms)] if one else []
                 if dtype == "bf16" and kernel != "grad_bias":
-                    variants = [("left", "right"), *variants]
+                    turning = ROTARY[kernel] if head <= ROTARY_HEAD else ()
+                    turning = turning if ALL_TERMS else turning[number % len(ROTARY[kernel]) :][:1]
+                    variants = [("left", "right"), *turning, *variants]
                 for features in variants:
                     yield attention_case(kernel, target, dtype, head, features, descriptors), target
 
@@ -244,21 +253,27 @@ def attention_case(
     function = getattr(attention, f"{kernel}_kernel")
     element, wide = ("fp32" if dtype == "tf32" else dtype), ("fp64" if dtype == "fp64" else "fp32")
     block_d = 1 << (head - 1).bit_length()
-    plain = set(features) <= set(PLAIN)
-    config = attention_config(kernel, target, ELEMENT_SIZES[element], block_d, plain)
+    rotary = {"halves", "neighbours", "keys"} & set(features)
+    plain = set(features) - rotary <= set(PLAIN)
+    launched = f"turning_{kernel}" if "keys" in rotary else kernel
+    config = attention_config(launched, target, ELEMENT_SIZES[element], block_d, plain)
     constants: dict[str, Any] = {"D": head, "DV": head, "BLOCK_D": block_d, "BLOCK_DV": block_d}
     constants |= {name.upper(): name in features for name in ("cap", "left", "right")}
     constants |= {"PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     if kernel == "forward":
-        constants["RAW"] = plain
+        constants |= {"RAW": plain, "TURN_K": "keys" in rotary}
+    if kernel != "grad_bias":
+        constants |= {"HALF": head // 2 if rotary else 0, "INTERLEAVED": "neighbours" in rotary}
     if "DESCRIPTOR" in function.arg_names:
         constants["DESCRIPTOR"] = descriptors
     of = {"mask": "*u8", "padding": "*u8", "bounds": "*i32", "slopes": f"*{wide}", "seed": "*i64"}
     if dtype == "fp64":
         of |= dict.fromkeys(("mask", "padding"), "*i64")
     of |= dict.fromkeys(("lse", "level", "delta", "partial"), f"*{wide}")
+    of |= dict.fromkeys(("cos", "sin"), f"*{wide}")
     optional = {"bounds": "padding", "grad_bias": "bias"}
+    left_out = {"cos", "sin"} if not rotary else set()
     types = {}
     for name in function.arg_names:
         argument = name.removesuffix("_ptr")
@@ -266,7 +281,7 @@ def attention_case(
             continue
         if name.endswith("_ptr"):
             feature = optional.get(argument, argument)
-            if feature in OPTIONAL and feature not in features:
+            if argument in left_out or (feature in OPTIONAL and feature not in features):
                 constants[name] = None
             else:
                 types[name] = of.get(argument, f"*{element}")
