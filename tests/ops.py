@@ -17,7 +17,7 @@ from nnfast.activation import reference
 from nnfast.activation.reference import ACTIVATIONS
 from nnfast.activation.reference import act as activated
 from nnfast.attention import reference as attention_reference
-from nnfast.attention.reference import TENSORS, Terms
+from nnfast.attention.reference import Terms
 from nnfast.conv_bn_act import op as batch_norm
 from nnfast.conv_bn_act import reference as batch_norm_reference
 from nnfast.convolution import reference as convolution_reference
@@ -557,18 +557,8 @@ def _projected_attention_operands(x: Tensor) -> tuple[Any, ...]:
 def _attention_backward_operands(x: Tensor) -> tuple[Any, ...]:
     q, k, v, *terms = _attention_operands(x)
     out, lse = attention_reference.attention(q, k, v, Terms(*terms))
-    return (
-        torch.randn_like(out),
-        torch.randn_like(lse),
-        q,
-        k,
-        v,
-        *terms[:TENSORS],
-        out,
-        lse,
-        *terms[TENSORS:],
-        True,
-    )
+    uppers = (torch.randn_like(out), torch.randn_like(lse))
+    return *uppers, q, k, v, *Terms(*terms).for_backward(out, lse, bias_grad=True)
 
 
 _ATTENTION = Case(

@@ -61,7 +61,7 @@ struct Forward {
         turn_rows<bytes, false>(p, n, h, first + i, from, row, column, columns, raw, p.head, 1);
         from = raw, row = p.head, column = 1;
       }
-      pack_columns<bytes>(from, row, column, columns, p.head, p.scale, p.weight ? raw : q + i * p.head,
+      pack_columns<bytes>(from, row, column, columns, p.head, p.factor(), p.weight ? raw : q + i * p.head,
                           p.added_to(0, h));
       if (p.weight) weigh_queries<bytes>(raw, columns, q + i * p.head);
     }
@@ -218,7 +218,7 @@ struct Block {
       turn_rows<bytes, false>(p, n, h, i, from_q, q_row, q_column, columns, turned, p.head, 1);
       from_q = turned, q_row = p.head, q_column = 1;
     }
-    pack_columns<bytes>(from_q, q_row, q_column, columns, p.head, p.scale, q);
+    pack_columns<bytes>(from_q, q_row, q_column, columns, p.head, p.factor(), q);
     pack_columns<bytes>(from, up.grad.l, up.grad.d, columns, p.values, T(1), grad);
     if (q_rows) pack_rows<bytes>(from_q, q_row, q_column, columns, p.head, p.scale, q_rows);
     if (grad_rows) pack_rows<bytes>(from, up.grad.l, up.grad.d, columns, p.values, T(1), grad_rows);

@@ -53,6 +53,9 @@ struct Attention {
 
   NNFAST_INLINE bool caps() const { return softcap != 0; }
 
+  // What queries are multiplied by before they meet keys.
+  NNFAST_INLINE T factor() const { return caps() ? scale / softcap : scale; }
+
   NNFAST_INLINE int64_t key_head(int64_t h) const { return h / (heads / key_heads); }
 
   // What is added to a head's queries (0), keys (1) or values (2), or null.
@@ -184,25 +187,18 @@ NNFAST_INLINE void decay(V (&x)[count]) {
       x[i] = x[i] < lowest ? V{} : power[i].raised();
 }
 
-// tanh(x) to about one unit in the last place of float: 1 - 2 / (e^2x + 1), or below 0.625 Cephes'
-// polynomial; to some units of double: -m / (m + 2) with m = e^(-2 |x|) - 1 = 2^n (e^r - 1) + (2^n - 1).
-template <class V>
-NNFAST_INLINE V tanh(V x) {
-  const V positive = x < 0 ? -x : x;
-  V t;
-  if constexpr (sizeof(typename Lanes<V>::Element) == 4) {
-    const V z = x * x;
-    V p = V{} - 5.70498872745e-3f;
-    for (const float next : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
-      p = p * z + next;
-    t = 1 - 2 / (Precise::exp<true>(min(V{} + 20, 2 * positive)) + 1);
-    t = positive < 0.625f ? p * z * positive + positive : t;
-  } else {
-    const auto power = Precise::power(max(V{} - 40, -2 * positive));
-    const V two_to_n = power.two_to_n(), m = two_to_n * power.over_one + (two_to_n - 1);
-    t = -m / (m + 2);
+// tanh(x) to some units in the last place: -m / (m + 2) with m = e^(-2 |x|) - 1 = 2^n (e^r - 1) + (2^n - 1).
+template <int count, class V>
+NNFAST_INLINE void tanh(V (&x)[count]) {
+  V exponent[count];
+  for (int i = 0; i < count; ++i) exponent[i] = max(V{} - 40, -2 * (x[i] < 0 ? -x[i] : x[i]));
+  host::Power<V> power[count];
+  Precise::power(exponent, power);
+  for (int i = 0; i < count; ++i) {
+    const V two_to_n = power[i].two_to_n(), m = two_to_n * power[i].over_one + (two_to_n - 1);
+    const V t = m / (m + 2);
+    x[i] = x[i] < 0 ? t : -t;
   }
-  return x < 0 ? -t : t;
 }
 
 // What the scores of one head are computed from. block: queries of a block of them, at most
@@ -234,7 +230,7 @@ struct Scores {
   }
 
   // s: (rows, block) of keys from j on and `columns` queries from i on; -inf where a key is unseen.
-  // k: (rows, head) without gaps; q: scaled and transposed, as `pack_columns` does it. slope: null, or what
+  // k: (rows, head) without gaps; q: times `factor` and transposed, by `pack_columns`. slope: null, or what
   // the derivatives of the soft cap are left in
   NNFAST_INLINE void compute(int64_t i, int columns, int64_t j, int rows, const T* k, const T* q, T* s,
                              T* slope = nullptr) const {
@@ -274,12 +270,18 @@ struct Scores {
     return x.data && !x.l;
   }
 
+  // Of products with queries that `Attention::factor` was multiplied into.
   NNFAST_INLINE void cap(int columns, int rows, T* s, T* slope) const {
+    constexpr int some = group / 2;
     for (int at = 0; at < rows * block; at += block)
-      for (int c = at; c < at + columns; c += lanes) {
-        const V t = tanh(load<V>(s + c) / p.softcap);
-        store(s + c, t * p.softcap);
-        if (slope) store(slope + c, 1 - t * t);
+      for (int c = at; c < at + columns; c += some * lanes) {
+        V t[some];
+        for (int g = 0; g < some; ++g) t[g] = load<V>(s + c + g * lanes);
+        tanh(t);
+        for (int g = 0; g < some; ++g) {
+          store(s + c + g * lanes, t[g] * p.softcap);
+          if (slope) store(slope + c + g * lanes, 1 - t[g] * t[g]);
+        }
       }
   }
 

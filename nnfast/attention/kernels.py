@@ -22,7 +22,6 @@ from torch import Tensor
 from ..core.operator import attention_out
 from ..core.triton import TensorDescriptor, architecture, one_minus_exp, tl, triton, wide
 from ..core.tuning import ROTARY_HEAD, ROTARY_QUERIES, AttentionConfig, attention_config, rotary_config
-from .reference import TENSORS
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 1024
@@ -1237,15 +1236,22 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, and bias (empty unless bias_grad); rest: terms, out, lse, options, bias_grad."""
-    *tensors, out, lse = rest[: TENSORS + 2]
-    *options, bias_grad = rest[TENSORS + 2 :]
-    call = _Call(q, k, v, *tensors, *options)
+    """Gradients of q, k, v, and bias (empty unless bias_grad); rest: options, bias_grad."""
+    *options, bias_grad = rest
+    call = _Call(q, k, v, mask, key_padding, bias, alibi_slopes, seed, cos, sin, *options)
     turn = call.turn
     call.q, call.k = turn(call.q), turn(call.k)
-    bias: Tensor | None = tensors[2]
     grad_out = _innermost(grad_out)
     grads = [torch.empty_like(x) for x in (q, k, v)]
     to = [

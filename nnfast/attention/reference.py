@@ -67,6 +67,10 @@ class Terms(NamedTuple):
             and self.right < 0
         )
 
+    def for_backward(self, out: Tensor, lse: Tensor, bias_grad: bool) -> tuple[object, ...]:
+        """The backward operator's arguments from mask on."""
+        return *self[:TENSORS], out, lse, *self[TENSORS:], bias_grad
+
     def __repr__(self) -> str:
         default = Terms()._asdict()
         given = {

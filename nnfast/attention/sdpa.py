@@ -142,8 +142,8 @@ class _FlashOnCPU(torch.autograd.Function):
         if transformed() or requires_grad(grad_out, grad_lse, q, k, v):
             grads = reference.attention_backward(grad_out, grad_lse, q, k, v, terms)
         elif grad_lse is not None:  # which torch's own takes none of
-            rest = (*terms[:5], out, lse, *terms[5:])
-            grads = torch.ops.nnfast.attention_backward(grad_out, grad_lse, q, k, v, *rest, False)
+            rest = terms.for_backward(out, lse, bias_grad=False)
+            grads = torch.ops.nnfast.attention_backward(grad_out, grad_lse, q, k, v, *rest)
         else:
             saved = (q, k, v, out, lse)
             grads = _flash_on_cpu_backward(grad_out, *saved, 0.0, is_causal, attn_mask=bias, scale=scale)

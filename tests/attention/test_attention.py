@@ -470,7 +470,7 @@ def test_opcheck(name):
         torch.library.opcheck(torch.ops.nnfast.attention.default, (q, k, v, *terms))
         out, lse = torch.ops.nnfast.attention(q, k, v, *terms)
         for bias_grad in {False, terms.bias is not None}:
-            saved = (q, k, v, *terms[:5], out, lse, *terms[5:], bias_grad)
+            saved = (q, k, v, *terms.for_backward(out, lse, bias_grad))
             torch.library.opcheck(
                 torch.ops.nnfast.attention_backward.default, (out * 2, lse.nan_to_num(0, 0, 0), *saved)
             )
