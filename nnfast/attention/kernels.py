@@ -1066,11 +1066,12 @@ class _Turn:
         self.in_tiles = half > 0 and by_powers and head <= ROTARY_HEAD
         """Whether the kernels do it."""
         self.arguments: tuple[Any, ...] = (None, None, 0, 0, 0)
-        self.options: dict[str, Any] = {"HALF": half if self.in_tiles else 0, "INTERLEAVED": interleaved}
+        self.options: dict[str, Any] = {"HALF": 0, "INTERLEAVED": False}
         if cos is not None and sin is not None and self.in_tiles:
             if cos.stride() != sin.stride() or _innermost(cos) is not cos:
                 cos, sin = cos.contiguous(), sin.contiguous()
             self.arguments = (cos, sin, *(cos.stride(i) if cos.shape[i] > 1 else 0 for i in range(3)))
+            self.options = {"HALF": half, "INTERLEAVED": interleaved}
 
     def __call__(self, x: Tensor, back: bool = False) -> Tensor:
         """Queries or keys, or gradients of them turned back."""
