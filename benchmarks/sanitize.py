@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,19 +117,29 @@ def serves(case: Case, backend: str, device: str) -> bool:
     return True
 
 
-def check_call(shape: Shape, name: str, dtype: torch.dtype, device: str) -> None:
-    """Attention, forward and backward."""
+def check_call(shape: Shape, name: str, dtype: torch.dtype, device: str, turns: bool) -> None:
+    """Attention, forward and backward; turns: with rotary embedding, in the kernels up to heads of 128."""
     q, k, v = heads(shape, dtype, device)
     options = call(name, shape, dtype, device)
     wide = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in options.items()}
     wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in wide.items()}
     exact = [x.double().cpu() for x in (q, k, v)]
-    expected = truth(*exact, **wide)[0]
+    attend, expect = ours, truth
+    if turns:
+        turning = {"rotary_dim": shape.head // 2 * 2, "interleaved": dtype.itemsize > 2}
+        rope = nnfast.RotaryEmbedding(shape.head, **turning)
+        attend = partial(ours, rotary=deepcopy(rope).to(device, dtype))
+        rope.double()
+
+        def expect(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+            return truth(*rope(q, k), v, **options)
+
+    expected = expect(*exact, **wide)[0]
     upper = randn(*expected.shape, seed=9).to(dtype)
     with nnfast.backend("triton"):
-        close(ours(q, k, v, **options), expected)
-        found = gradients(ours, q, k, v, options, upper.to(device))
-    for of_ours, of_truth in zip(found, gradients(truth, *exact, wide, upper.double()), strict=True):
+        close(attend(q, k, v, **options), expected)
+        found = gradients(attend, q, k, v, options, upper.to(device))
+    for of_ours, of_truth in zip(found, gradients(expect, *exact, wide, upper.double()), strict=True):
         close(of_ours, of_truth)
 
 
@@ -137,7 +149,9 @@ def of_attention(shape: Shape, dtype: torch.dtype, device: str, quick: bool) -> 
         return
     short = ("all",) if dtype in (torch.bfloat16, torch.float64) else QUICK_CALLS
     for name in short if quick else CALLS:
-        yield f"attention {name}, {shape} {dtype}", partial(check_call, shape, name, dtype, device)
+        for turns in (False, True) if name in ("plain", "all") else (False,):
+            what = f"{'rotary ' * turns}attention {name}, {shape} {dtype}"
+            yield what, partial(check_call, shape, name, dtype, device, turns)
 
 
 def jobs(device: str, quick: bool) -> list[Iterator[Run]]:
