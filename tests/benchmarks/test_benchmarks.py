@@ -152,9 +152,10 @@ def test_a_job_in_a_process_of_its_own(monkeypatch):
 def test_a_step_over_its_budget_stops_no_other(tmp_path):
     """It is ended with all that it started; what passed is not done again."""
     python, end = sys.executable, time.monotonic() + 60
+    ticking = "while echo >> ticks; do sleep 0.1; done"
     groups = [
         {
-            "slow": gpu_check.Step(["sh", "-c", "echo began; (sleep 2; touch late) & wait"], 0.5),
+            "slow": gpu_check.Step(["sh", "-c", f"echo began; ({ticking}) & wait"], 0.5),
             "failing": gpu_check.Step([python, "-c", "raise SystemExit(3)"], 30),
             "missing": gpu_check.Step(["no-such-program"], 30),
         },
@@ -168,8 +169,9 @@ def test_a_step_over_its_budget_stops_no_other(tmp_path):
         "last": 0,
     }
     assert (found["slow"].tail, found["last"].tail) == (["began"], ["fine"])
-    time.sleep(2)
-    assert not (tmp_path / "late").exists()
+    ticks = (tmp_path / "ticks").stat().st_size
+    time.sleep(1)
+    assert (tmp_path / "ticks").stat().st_size == ticks > 0
     again = gpu_check.run(groups, tmp_path, dict(os.environ), tmp_path, time.monotonic())
     assert [o.status for o in again.values()] == [124, 124, 127, 0]
     assert "| slow | OUT OF TIME |" in gpu_check.summary(found, tmp_path)
