@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import nnfast
-from nnfast.attention import kernels, op
+from nnfast.attention import kernels, op, reference
 from nnfast.core import extension
 from tests.attention.calls import CALLS, SMALL, Shape, call, gradients, heads, ours, randn, truth
 from tests.attention.conftest import SQUARE
@@ -47,8 +47,8 @@ def results(rope, q, k, v, options, before):
     def attend(q, k, v, **options):
         return with_lse(*rope(q, k), v, **options) if before else with_lse(q, k, v, **options, rotary=rope)
 
-    uppers = (randn(*q.shape[:3], v.shape[3], seed=9).to(q), randn(*q.shape[:3], seed=10).to(q.device))
-    uppers = (uppers[0], uppers[1].to(torch.promote_types(q.dtype, torch.float32)))
+    of_lse = torch.promote_types(q.dtype, torch.float32)
+    uppers = randn(*q.shape[:3], v.shape[3], seed=9).to(q), randn(*q.shape[:3], seed=10).to(q.device, of_lse)
     return [*attend(q, k, v, **options), *gradients(attend, q, k, v, options, *uppers)]
 
 
@@ -115,9 +115,9 @@ def test_half_types_in_triton(shape, variant, arch, device, in_triton):
             assert error(a, exact) <= error(b, exact) + torch.finfo(dtype).eps / 2
 
 
-def positions_and_views(shape, device, dtype=torch.float32):
+def positions_and_views(shape, device):
     """Queries, keys and values at strides of every kind, and with positions of every shape."""
-    q, k, v = (x.to(device, dtype) for x in heads(shape))
+    q, k, v = heads(shape, torch.float32, device)
     length = shape.queries
     yield q, k, v, None
     for positions in (
@@ -175,9 +175,7 @@ def test_who_turns(device, turned_before):
                 assert as_read == (dtype.itemsize >= 4) or device != "cpu" or not compiled()
                 turned_before.reset_mock()
                 expected = ours(*rope(q, k), v, **options)
-                assert (
-                    torch.equal(found, expected) if device == "cpu" else assert_close(found, expected) is None
-                )
+                assert_same(found, expected)
                 assert found.stride() == expected.stride()
                 assert found.requires_grad == grad
     q, k, v = heads(shape, torch.float32, device)
@@ -272,8 +270,9 @@ def test_dropout_takes_its_seed_from_the_generator(in_compiled, turned_before):
     assert not turned_before.called
 
 
-def operands(q, k, v, cos, sin, interleaved=True):
-    return q, k, v, *[None] * 5, cos, sin, True, 0.3, 0.0, -1, -1, 0.0, interleaved
+def operands(q, k, v, cos, sin):
+    """The operator's arguments."""
+    return q, k, v, *reference.Terms(cos=cos, sin=sin, is_causal=True, scale=0.3, interleaved=True)
 
 
 def test_without_kernels(in_compiled):
@@ -283,7 +282,7 @@ def test_without_kernels(in_compiled):
     args = operands(q, k, v, cos, sin)
     found = op.CPU.forward(*args)
     assert_close(op.CHUNKED.forward(*args), found)
-    saved = (*args[:10], *found, *args[10:], False)
+    saved = (q, k, v, *reference.Terms(*args[3:]).for_backward(*found, bias_grad=False))
     uppers = (randn(2, 4, 70, 8, seed=9), randn(2, 4, 70, seed=10))
     assert_close(op.CHUNKED.backward(*uppers, *saved), op.CPU.backward(*uppers, *saved))
 
@@ -303,7 +302,7 @@ def test_wrong_shapes(in_compiled):
         args = operands(q, k, k, cos, sin)
         with pytest.raises(RuntimeError, match=message):
             op.CPU.forward(*args)
-        saved = (*args[:10], torch.empty_like(q), q[..., 0], *args[10:], False)
+        saved = (q, k, k, *reference.Terms(*args[3:]).for_backward(q, q[..., 0], bias_grad=False))
         with pytest.raises(RuntimeError, match=message):
             op.CPU.backward(q, None, *saved)
 

@@ -270,10 +270,9 @@ def attention_case(
     of = {"mask": "*u8", "padding": "*u8", "bounds": "*i32", "slopes": f"*{wide}", "seed": "*i64"}
     if dtype == "fp64":
         of |= dict.fromkeys(("mask", "padding"), "*i64")
-    of |= dict.fromkeys(("lse", "level", "delta", "partial"), f"*{wide}")
-    of |= dict.fromkeys(("cos", "sin"), f"*{wide}")
+    of |= dict.fromkeys(("lse", "level", "delta", "partial", "cos", "sin"), f"*{wide}")
     optional = {"bounds": "padding", "grad_bias": "bias"}
-    left_out = {"cos", "sin"} if not rotary else set()
+    left_out = set() if rotary else {"cos", "sin"}
     types = {}
     for name in function.arg_names:
         argument = name.removesuffix("_ptr")
